@@ -1,0 +1,87 @@
+"""Training loss and plain sampling around any of the models, with the arguments that older training scripts use.
+
+Shapes: b batch; n sequence length; v num_tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from palm_pytorch.generation.sampling import sample
+
+
+class AutoregressiveWrapper(nn.Module):
+    """net: a model of this library, `net(tokens)` -> logits and `net(tokens, labels=...)` -> loss.
+
+    max_seq_len: tokens that the net is shown at most; generation goes on past it in a sliding window.
+    pad_value: token that fills rows after their end token.
+    """
+
+    def __init__(self, net: nn.Module, max_seq_len: int = 2048, pad_value: int = 0) -> None:
+        super().__init__()
+        if max_seq_len < 1:
+            raise ValueError(f"max_seq_len: expected at least 1, got {max_seq_len}")
+        self.net, self.max_seq_len, self.pad_value = net, max_seq_len, pad_value
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, **inputs: Any) -> Tensor:
+        """Mean next-token loss of x (b, n) in nats: every token but the first is predicted from those before it.
+
+        mask: (b, n) bool, False where x is padding, which is then never a target. Without it every token is one, whatever
+        its value. inputs: passed to the net.
+        """
+        if x.dim() != 2 or x.shape[1] < 2:
+            raise ValueError(f"x: expected shape (batch, length >= 2), got {tuple(x.shape)}")
+        labels = x[:, 1:]
+        if mask is not None:
+            if mask.dtype != torch.bool or mask.shape != x.shape:
+                raise ValueError(
+                    f"mask: expected bool of shape {tuple(x.shape)}, got {mask.dtype} of {tuple(mask.shape)}"
+                )
+            labels = labels.masked_fill(~mask[:, 1:], -100)
+        return self.net(x[:, :-1], labels=labels.long(), **inputs)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        start_tokens: Tensor,
+        seq_len: int,
+        eos_token: int | None = None,
+        temperature: float = 1.0,
+        filter_thres: float = 0.9,
+        **inputs: Any,
+    ) -> Tensor:
+        """Draws up to `seq_len` tokens after start_tokens (b, t), one forward pass each; returns the new ones, (b, <= seq_len).
+
+        eos_token: a row ends with the first one that it draws (those of the prompt do not count) and is filled with
+        `pad_value`; when all rows have ended, generation stops.
+        temperature, filter_thres: as in `palm_pytorch.generation.sampling.sample`.
+        inputs: passed to the net.
+
+        Raises ValueError or TypeError naming the argument that does not fit.
+        """
+        if start_tokens.dim() != 2 or 0 in start_tokens.shape:
+            raise ValueError(
+                f"start_tokens: expected shape (batch, length), neither empty, got {tuple(start_tokens.shape)}"
+            )
+        if seq_len < 0:
+            raise ValueError(f"seq_len: expected at least 0, got {seq_len}")
+        was_training = self.net.training
+        self.net.eval()
+        try:
+            tokens, start = start_tokens, start_tokens.shape[1]
+            ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+            for _ in range(seq_len):
+                logits = self.net(tokens[:, -self.max_seq_len :], **inputs)[:, -1]
+                drawn = sample(logits, temperature=temperature, filter_thres=filter_thres)
+                drawn = drawn.to(tokens.dtype).masked_fill(ended, self.pad_value)
+                tokens = torch.cat([tokens, drawn[:, None]], dim=1)
+                if eos_token is not None:
+                    ended |= drawn == eos_token
+                    if ended.all():
+                        break
+            return tokens[:, start:]
+        finally:
+            self.net.train(was_training)

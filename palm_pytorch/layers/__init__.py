@@ -1,0 +1,22 @@
+"""Modules that the models share; each works by itself."""
+
+from palm_pytorch.layers.alibi import alibi_slopes
+from palm_pytorch.layers.attention import MultiQueryAttention
+from palm_pytorch.layers.feedforward import GEGLU, FeedForward, SwiGLU
+from palm_pytorch.layers.norm import L2Norm, LayerNorm, RMSNorm
+from palm_pytorch.layers.relative_bias import T5RelativeBias
+from palm_pytorch.layers.rotary import Rotary, apply_rotary
+
+__all__ = [
+    "GEGLU",
+    "FeedForward",
+    "L2Norm",
+    "LayerNorm",
+    "MultiQueryAttention",
+    "RMSNorm",
+    "Rotary",
+    "SwiGLU",
+    "T5RelativeBias",
+    "alibi_slopes",
+    "apply_rotary",
+]

@@ -1,0 +1,82 @@
+"""Multi-head attention with one shared key/value head, or any number that divides the heads.
+
+Shapes: b batch; n sequence length; i, j query and key length; h heads; g key/value heads; d head dim; c model width.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from palm_pytorch.layers.rotary import RotaryTable, apply_rotary
+from palm_pytorch.ops import AlibiBias, RelativeBias, attention
+
+
+def split_heads(x: Tensor, dim_head: int) -> Tensor:
+    return rearrange(x, "b n (h d) -> b h n d", d=dim_head)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    return rearrange(x, "b h n d -> b n (h d)")
+
+
+class MultiQueryAttention(nn.Module):
+    """Attention (Vaswani et al. 2017) whose query heads share `kv_heads` key/value heads (Shazeer 2019, arXiv
+    1911.02150, for one; Ainslie et al. 2023, arXiv 2305.13245, for more).
+
+    Raises ValueError where `kv_heads` does not divide `heads`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int = 8,
+        dim_head: int = 64,
+        kv_heads: int = 1,
+        causal: bool = True,
+        dropout: float = 0.0,
+        attention_backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"kv_heads: expected a divisor of heads={heads}, got {kv_heads}")
+        self.dim_head, self.causal, self.dropout, self.backend = dim_head, causal, dropout, attention_backend
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * kv_heads * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        rotary: tuple[RotaryTable, RotaryTable] | None = None,
+        bias: AlibiBias | RelativeBias | None = None,
+        key_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
+        """x (b, i, c) attends to itself, and before itself to `context` (b, j - i, c) if given; returns (b, i, c).
+
+        rotary: tables for the j positions of the keys, of which the queries are the last i.
+        bias, key_mask (b, j), document_ids (b, n): as in `palm_pytorch.ops.attention`.
+        """
+        source = x if context is None else torch.cat([context, x], dim=1)
+        q = split_heads(self.to_q(x), self.dim_head)
+        k, v = (split_heads(t, self.dim_head) for t in self.to_kv(source).chunk(2, dim=-1))
+        if rotary is not None:
+            q = apply_rotary(q, rotary[0].last(q.shape[2]))
+            k = apply_rotary(k, rotary[1])
+        out = attention(
+            q,
+            k,
+            v,
+            causal=self.causal,
+            bias=bias,
+            key_mask=key_mask,
+            document_ids=document_ids,
+            dropout_p=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        return self.to_out(merge_heads(out))

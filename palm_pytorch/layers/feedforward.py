@@ -1,0 +1,40 @@
+"""Gated feed-forward layers (Shazeer 2020, arXiv 2002.05202).
+
+Shapes: b batch; n sequence length; c model width; f inner width.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SwiGLU(nn.Module):
+    """(..., 2f) -> (..., f): `silu(gate) * value`, the first half is the value, the second the gate."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+
+class GEGLU(nn.Module):
+    """(..., 2f) -> (..., f): `gelu(gate) * value` with the exact (erf) GELU, halves as in `SwiGLU`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = x.chunk(2, dim=-1)
+        return F.gelu(gate) * value
+
+
+class FeedForward(nn.Sequential):
+    """(b, n, c) -> (b, n, c) through a gated inner layer of width `ff_mult * dim`; no biases."""
+
+    def __init__(
+        self, dim: int, ff_mult: int = 4, activation: type[nn.Module] = SwiGLU, dropout: float = 0.0
+    ) -> None:
+        inner = ff_mult * dim
+        super().__init__(
+            nn.Linear(dim, 2 * inner, bias=False),
+            activation(),
+            nn.Dropout(dropout),
+            nn.Linear(inner, dim, bias=False),
+        )

@@ -1,0 +1,71 @@
+"""Normalisation over the last dimension, computed in float32 or better whatever the dtype.
+
+Shapes: c model width; d head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (Zhang & Sennrich 2019, arXiv 1910.07467): `x / sqrt(mean(x^2) + eps) * weight`."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., c), any floating dtype, which the result keeps."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm without bias (PaLM, arXiv 2204.02311, section 2: no biases anywhere)."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., c), any floating dtype, which the result keeps."""
+        return F.layer_norm(x, self.weight.shape, self.weight, None, self.eps)
+
+
+class L2Norm(nn.Module):
+    """Unit length with a learned gain, for queries and keys (Henry et al. 2020, arXiv 2010.04245)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., d), any floating dtype, which the result keeps."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (F.normalize(wide, dim=-1) * self.weight).to(x.dtype)
+
+
+NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+
+
+def make_norm(name: str, dim: int) -> RMSNorm | LayerNorm:
+    """The norm that models call `name`: "rmsnorm" or "layernorm"."""
+    if name not in NORMS:
+        raise ValueError(f"norm: expected one of {sorted(NORMS)}, got {name!r}")
+    return NORMS[name](dim)

@@ -1,0 +1,77 @@
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), optionally with xPos (Sun et al. 2022, arXiv 2212.10554).
+
+Shapes: b batch; h heads; n sequence length; d head dim; r rotated dims, the first of d.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# xPos scales a dimension by at most (0.4 / 1.4) ** power on either side of the middle; past this power float32 has
+# no number for it.
+XPOS_MAX_POWER = 69
+
+
+class RotaryTable(NamedTuple):
+    """cos and sin of every angle, (n, r / 2) or (b, n, r / 2), float32; xPos's scale multiplied in."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def last(self, n: int) -> RotaryTable:
+        """The table of the last n positions."""
+        return RotaryTable(self.cos[..., -n:, :], self.sin[..., -n:, :])
+
+
+class Rotary(nn.Module):
+    """Tables for queries and keys at given positions; the angle of dims (x, x + r / 2) is `position * base^(-2x / r)`.
+
+    It holds no tensors: angles are computed in float64, so positions stay exact in models of any dtype and length.
+    """
+
+    def __init__(self, dim: int, base: float = 10000.0, xpos_scale_base: float | None = None) -> None:
+        super().__init__()
+        if dim < 2 or dim % 2:
+            raise ValueError(f"dim: rotary needs an even number of dims, got {dim}")
+        self.dim, self.base, self.xpos_scale_base = dim, base, xpos_scale_base
+
+    def forward(self, positions: Tensor) -> tuple[RotaryTable, RotaryTable]:
+        """Tables for queries and for keys. positions: (n,) or (b, n), integers or floats."""
+        device = positions.device
+        # Not every accelerator has float64; the tables are small.
+        exact = positions.to("cpu" if device.type == "mps" else device, torch.float64)
+        x = torch.arange(0, self.dim, 2, dtype=torch.float64, device=exact.device)
+        angle = exact[..., None] * self.base ** (-x / self.dim)
+        cos, sin = angle.cos(), angle.sin()
+        if self.xpos_scale_base is None:
+            table = RotaryTable(cos.to(device, torch.float32), sin.to(device, torch.float32))
+            return table, table
+        longest = int(2 * XPOS_MAX_POWER * self.xpos_scale_base)
+        if positions.shape[-1] > longest:
+            raise ValueError(
+                f"positions: xPos with scale base {self.xpos_scale_base} reaches {longest} positions in float32, "
+                f"got {positions.shape[-1]}"
+            )
+        # Scores depend on the difference of two powers, so any origin will do; the middle keeps them smallest.
+        power = (exact - exact.mean(dim=-1, keepdim=True).floor()) / self.xpos_scale_base
+        scale = ((x + 0.4 * self.dim) / (1.4 * self.dim)) ** power[..., None]
+        query, key = (
+            RotaryTable((cos * s).to(device, torch.float32), (sin * s).to(device, torch.float32))
+            for s in (scale, 1 / scale)
+        )
+        return query, key
+
+
+def apply_rotary(x: Tensor, table: RotaryTable) -> Tensor:
+    """Rotates the first r of d dims of x (b, h, n, d), computed in float32 or better, in the dtype of x.
+
+    Half-split: dim x turns with dim x + r / 2.
+    """
+    cos, sin = (t if t.dim() == 2 else t[:, None] for t in table)
+    half = cos.shape[-1]
+    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    turned = first * cos - second * sin, second * cos + first * sin
+    return torch.cat([*(t.to(x.dtype) for t in turned), rest], dim=-1)

@@ -1,0 +1,109 @@
+"""LaMDA (Thoppilan et al. 2022, arXiv 2201.08239, section 3): sequential blocks, T5 relative bias, gated-GELU feed-forward.
+
+    x --> norm --> attention + T5 bias --> (+) --> norm --> GEGLU feed-forward --> (+) --> x
+    |                                       ^ |                                     ^
+    +---------------------------------------+ +-------------------------------------+
+
+Shapes: b batch; n sequence length; h heads; d head dim; c model width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from palm_pytorch.layers.attention import MultiQueryAttention
+from palm_pytorch.layers.feedforward import GEGLU, FeedForward
+from palm_pytorch.layers.norm import make_norm
+from palm_pytorch.layers.relative_bias import T5RelativeBias
+from palm_pytorch.models.language_model import LanguageModel
+
+
+class LaMDABlock(nn.Module):
+    """Attention and feed-forward one after the other, each on the norm of its input; every block has its own bias table."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        dim_head: int,
+        kv_heads: int,
+        ff_mult: int,
+        dropout: float,
+        num_buckets: int,
+        max_distance: int,
+        norm: str,
+        attention_backend: str,
+    ) -> None:
+        super().__init__()
+        self.attn_norm = make_norm(norm, dim)
+        self.relative_bias = T5RelativeBias(heads, num_buckets, max_distance, scale=dim_head**0.5)
+        self.attn = MultiQueryAttention(
+            dim,
+            heads=heads,
+            dim_head=dim_head,
+            kv_heads=kv_heads,
+            dropout=dropout,
+            attention_backend=attention_backend,
+        )
+        self.ff_norm = make_norm(norm, dim)
+        self.ff = FeedForward(dim, ff_mult, GEGLU, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), bias=self.relative_bias())
+        return x + self.ff(self.ff_norm(x))
+
+
+class LaMDA(LanguageModel):
+    """Decoder language model with learned relative positions.
+
+    num_tokens, dim, depth, heads, dim_head: vocabulary, model width, blocks, query heads and their width.
+    kv_heads: key/value heads, a divisor of heads; one by default, `heads` for the paper's full multi-head attention.
+    ff_mult: inner width of the feed-forward, in multiples of dim.
+    dropout: share of attention weights and of inner feed-forward features dropped in training.
+    num_buckets, max_distance: of the T5 relative bias.  norm: "rmsnorm" or "layernorm" (without bias).
+    attention_backend: as in `palm_pytorch.ops.attention`.
+
+    Raises ValueError or TypeError naming the argument that does not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_tokens: int,
+        dim: int,
+        depth: int,
+        heads: int = 8,
+        dim_head: int = 64,
+        kv_heads: int = 1,
+        ff_mult: int = 4,
+        dropout: float = 0.0,
+        num_buckets: int = 32,
+        max_distance: int = 128,
+        norm: str = "rmsnorm",
+        tie_embeddings: bool = True,
+        attention_backend: str = "auto",
+    ) -> None:
+        super().__init__(locals())
+        self.layers = nn.ModuleList(
+            LaMDABlock(
+                dim,
+                heads=heads,
+                dim_head=dim_head,
+                kv_heads=kv_heads,
+                ff_mult=ff_mult,
+                dropout=dropout,
+                num_buckets=num_buckets,
+                max_distance=max_distance,
+                norm=norm,
+                attention_backend=attention_backend,
+            )
+            for _ in range(depth)
+        )
+        self.init_weights()
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        x = self.token_emb(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)

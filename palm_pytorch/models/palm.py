@@ -1,0 +1,124 @@
+"""PaLM (Chowdhery et al. 2022, arXiv 2204.02311, section 2): parallel blocks, SwiGLU, multi-query attention, rotary.
+
+                 +--> q, k, v --> rotary --> attention --> attn_out --+
+    x --> norm --+                                                    +--> (+) --> x
+    |            +--> ff --> SwiGLU --> ff_out -----------------------+     ^
+    +-----------------------------------------------------------------------+
+
+Shapes: b batch; n sequence length; h heads; d head dim; c model width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from palm_pytorch.layers.attention import merge_heads, split_heads
+from palm_pytorch.layers.feedforward import SwiGLU
+from palm_pytorch.layers.norm import L2Norm, make_norm
+from palm_pytorch.layers.rotary import Rotary, RotaryTable, apply_rotary
+from palm_pytorch.models.language_model import LanguageModel
+from palm_pytorch.ops import attention
+
+
+class ParallelBlock(nn.Module):
+    """`x + attn_out(attention(q, k, v)) + ff_out(SwiGLU(ff))`, with q, k, v and ff from one projection of norm(x).
+
+    The one key/value head serves all query heads.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        dim_head: int,
+        ff_mult: int,
+        norm: str,
+        qk_norm: bool,
+        attn_dropout: float,
+        ff_dropout: float,
+        attention_backend: str,
+    ) -> None:
+        super().__init__()
+        self.dim_head, self.attn_dropout, self.backend = dim_head, attn_dropout, attention_backend
+        inner = ff_mult * dim
+        self.widths = [heads * dim_head, dim_head, dim_head, 2 * inner]
+        self.norm = make_norm(norm, dim)
+        self.fused_proj = nn.Linear(dim, sum(self.widths), bias=False)
+        self.q_norm = L2Norm(dim_head) if qk_norm else nn.Identity()
+        self.k_norm = L2Norm(dim_head) if qk_norm else nn.Identity()
+        self.attn_out = nn.Linear(heads * dim_head, dim, bias=False)
+        self.swiglu = SwiGLU()
+        self.ff_dropout = nn.Dropout(ff_dropout)
+        self.ff_out = nn.Linear(inner, dim, bias=False)
+
+    def forward(self, x: Tensor, rotary: tuple[RotaryTable, RotaryTable]) -> Tensor:
+        q, k, v, ff = self.fused_proj(self.norm(x)).split(self.widths, dim=-1)
+        attended = self.attn_out(self.attend(q, k, v, rotary))
+        return x + attended + self.ff_out(self.ff_dropout(self.swiglu(ff)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rotary: tuple[RotaryTable, RotaryTable]) -> Tensor:
+        """q (b, n, h d), k and v (b, n, d) -> (b, n, h d)."""
+        q, k, v = (split_heads(t, self.dim_head) for t in (q, k, v))
+        q = apply_rotary(self.q_norm(q), rotary[0])
+        k = apply_rotary(self.k_norm(k), rotary[1])
+        dropout_p = self.attn_dropout if self.training else 0.0
+        return merge_heads(attention(q, k, v, dropout_p=dropout_p, backend=self.backend))
+
+
+class PaLM(LanguageModel):
+    """Decoder language model of parallel blocks; embedding and logits share their weight unless told otherwise.
+
+    num_tokens, dim, depth, heads, dim_head: vocabulary, model width, blocks, query heads and their width.
+    ff_mult: inner width of the feed-forward, in multiples of dim.
+    norm: "rmsnorm" or "layernorm" (without bias).  qk_norm: unit-length queries and keys with learned gains.
+    xpos, xpos_scale_base: length-extrapolating decay on top of rotary (Sun et al. 2022, arXiv 2212.10554).
+    attn_dropout, ff_dropout: share of attention weights and of inner feed-forward features dropped in training.
+    attention_backend: as in `palm_pytorch.ops.attention`.
+
+    Raises ValueError or TypeError naming the argument that does not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_tokens: int,
+        dim: int,
+        depth: int,
+        heads: int = 8,
+        dim_head: int = 64,
+        ff_mult: int = 4,
+        norm: str = "rmsnorm",
+        qk_norm: bool = False,
+        xpos: bool = False,
+        xpos_scale_base: int = 512,
+        tie_embeddings: bool = True,
+        attn_dropout: float = 0.0,
+        ff_dropout: float = 0.0,
+        attention_backend: str = "auto",
+    ) -> None:
+        super().__init__(locals())
+        self.rotary = Rotary(dim_head, xpos_scale_base=xpos_scale_base if xpos else None)
+        self.layers = nn.ModuleList(
+            ParallelBlock(
+                dim,
+                heads=heads,
+                dim_head=dim_head,
+                ff_mult=ff_mult,
+                norm=norm,
+                qk_norm=qk_norm,
+                attn_dropout=attn_dropout,
+                ff_dropout=ff_dropout,
+                attention_backend=attention_backend,
+            )
+            for _ in range(depth)
+        )
+        self.init_weights()
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        x = self.token_emb(tokens)
+        rotary = self.rotary(torch.arange(tokens.shape[1], device=tokens.device))
+        for layer in self.layers:
+            x = layer(x, rotary)
+        return self.norm(x)

@@ -1,0 +1,113 @@
+"""PaLM-lite: PaLM's parallel blocks with ALiBi for rotary and one projection that serves as both key and value.
+
+                 +--> q, kv --> attention + ALiBi --> attn_out --+
+    x --> norm --+                                               +--> (+) --> x
+    |            +--> ff --> SwiGLU --> ff_out ------------------+     ^
+    +------------------------------------------------------------------+
+
+Shapes: b batch; n sequence length; h heads; d head dim; c model width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from palm_pytorch.layers.alibi import alibi_slopes
+from palm_pytorch.layers.attention import merge_heads, split_heads
+from palm_pytorch.layers.feedforward import SwiGLU
+from palm_pytorch.layers.norm import L2Norm, make_norm
+from palm_pytorch.models.language_model import LanguageModel
+from palm_pytorch.ops import AlibiBias, attention
+
+
+class ParallelLiteBlock(nn.Module):
+    """`x + attn_out(attention(q, kv, kv) with ALiBi) + ff_out(SwiGLU(ff))`, with q, kv and ff from one projection of norm(x)."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        dim_head: int,
+        ff_mult: int,
+        norm: str,
+        qk_norm: bool,
+        attn_dropout: float,
+        ff_dropout: float,
+        attention_backend: str,
+    ) -> None:
+        super().__init__()
+        self.dim_head, self.attn_dropout, self.backend = dim_head, attn_dropout, attention_backend
+        inner = ff_mult * dim
+        self.widths = [heads * dim_head, dim_head, 2 * inner]
+        self.norm = make_norm(norm, dim)
+        self.fused_proj = nn.Linear(dim, sum(self.widths), bias=False)
+        self.q_norm = L2Norm(dim_head) if qk_norm else nn.Identity()
+        self.k_norm = L2Norm(dim_head) if qk_norm else nn.Identity()
+        self.attn_out = nn.Linear(heads * dim_head, dim, bias=False)
+        self.swiglu = SwiGLU()
+        self.ff_dropout = nn.Dropout(ff_dropout)
+        self.ff_out = nn.Linear(inner, dim, bias=False)
+
+    def forward(self, x: Tensor, alibi: AlibiBias) -> Tensor:
+        q, kv, ff = self.fused_proj(self.norm(x)).split(self.widths, dim=-1)
+        attended = self.attn_out(self.attend(q, kv, alibi))
+        return x + attended + self.ff_out(self.ff_dropout(self.swiglu(ff)))
+
+    def attend(self, q: Tensor, kv: Tensor, alibi: AlibiBias) -> Tensor:
+        """q (b, n, h d), kv (b, n, d) -> (b, n, h d)."""
+        q, kv = (split_heads(t, self.dim_head) for t in (q, kv))
+        dropout_p = self.attn_dropout if self.training else 0.0
+        out = attention(
+            self.q_norm(q), self.k_norm(kv), kv, bias=alibi, dropout_p=dropout_p, backend=self.backend
+        )
+        return merge_heads(out)
+
+
+class PaLMLite(LanguageModel):
+    """Decoder language model of parallel blocks with ALiBi (Press et al. 2022, arXiv 2108.12409) and a shared key/value.
+
+    Arguments as for `PaLM`, less those of rotary.
+
+    Raises ValueError or TypeError naming the argument that does not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_tokens: int,
+        dim: int,
+        depth: int,
+        heads: int = 8,
+        dim_head: int = 64,
+        ff_mult: int = 4,
+        norm: str = "rmsnorm",
+        qk_norm: bool = False,
+        tie_embeddings: bool = True,
+        attn_dropout: float = 0.0,
+        ff_dropout: float = 0.0,
+        attention_backend: str = "auto",
+    ) -> None:
+        super().__init__(locals())
+        self.layers = nn.ModuleList(
+            ParallelLiteBlock(
+                dim,
+                heads=heads,
+                dim_head=dim_head,
+                ff_mult=ff_mult,
+                norm=norm,
+                qk_norm=qk_norm,
+                attn_dropout=attn_dropout,
+                ff_dropout=ff_dropout,
+                attention_backend=attention_backend,
+            )
+            for _ in range(depth)
+        )
+        self.init_weights()
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        x = self.token_emb(tokens)
+        alibi = AlibiBias(alibi_slopes(self.config["heads"], tokens.device))
+        for layer in self.layers:
+            x = layer(x, alibi)
+        return self.norm(x)

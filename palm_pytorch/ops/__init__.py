@@ -1,0 +1,6 @@
+"""Functions on tensors; nothing here knows of modules."""
+
+from palm_pytorch.ops.attention import AlibiBias, RelativeBias, attention
+from palm_pytorch.ops.cross_entropy import linear_cross_entropy
+
+__all__ = ["AlibiBias", "RelativeBias", "attention", "linear_cross_entropy"]

@@ -1,0 +1,126 @@
+"""`attention()`: one definition, several backends that agree with it.
+
+Shapes: b batch; h query heads; g key/value heads; i, j query and key length; d head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from palm_pytorch.ops.attention.bias import AlibiBias, Bias, RelativeBias
+from palm_pytorch.ops.attention.blockwise import blockwise
+from palm_pytorch.ops.attention.reference import reference
+from palm_pytorch.ops.attention.torch_backends import sdpa
+
+__all__ = ["BACKENDS", "AlibiBias", "RelativeBias", "attention"]
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {"reference": reference, "sdpa": sdpa, "blockwise": blockwise}
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    bias: Bias | None = None,
+    key_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Scaled dot-product attention, `softmax(scale * q k^T + bias) v`, with grouped or a single key/value head.
+
+    q: (b, h, i, d).  k, v: (b, g, j, d), g dividing h; query head number x uses key/value head `x // (h / g)`.
+    causal: aligned to the end: query i sees keys `<= i + j_len - i_len`.
+    bias: `AlibiBias` or `RelativeBias`, of the distance between query and key under that alignment.
+    key_mask: (b, j) bool, True where a key may be attended to.
+    document_ids: (b, n) integers for n queries and as many keys; attention stays inside a document.
+    dropout_p: share of the attention weights dropped, in [0, 1); the caller passes 0 outside training.
+    scale: factor on the scores; `d ** -0.5` if None.
+    backend: "auto", or one of `BACKENDS`. On a CPU "auto" is "blockwise", elsewhere "sdpa".
+
+    Returns (b, h, i, d) in the dtype of q. A query that may see no key gives zeros. Softmax is in float32 or better.
+    Under autocast q, k and v are cast as for a matrix product.
+
+    Raises ValueError or TypeError naming the argument that does not fit.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if backend == "auto":
+        backend = "blockwise" if q.device.type == "cpu" else "sdpa"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
+    _check(q, k, v, bias, key_mask, document_ids, dropout_p)
+    return BACKENDS[backend](
+        q,
+        k,
+        v,
+        causal=causal,
+        bias=bias,
+        key_mask=key_mask,
+        document_ids=document_ids,
+        dropout_p=dropout_p,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+    )
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Bias | None,
+    key_mask: Tensor | None,
+    document_ids: Tensor | None,
+    dropout_p: float,
+) -> None:
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(
+            f"q, k: expected (batch, heads, length, dim_head), got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    (b, h, i_len, d), (g, j_len) = q.shape, k.shape[1:3]
+    if k.shape != v.shape:
+        raise ValueError(f"v: expected the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
+    if k.shape[0] != b or k.shape[3] != d:
+        raise ValueError(
+            f"k: expected batch {b} and dim_head {d} as in q {tuple(q.shape)}, got {tuple(k.shape)}"
+        )
+    if 0 in q.shape or 0 in k.shape:
+        raise ValueError(f"q, k: expected no empty dimension, got {tuple(q.shape)} and {tuple(k.shape)}")
+    if h % g:
+        raise ValueError(f"k: expected a number of heads that divides the {h} of q, got {g}")
+    if not q.is_floating_point():
+        raise TypeError(f"q: expected a floating-point dtype, got {q.dtype}")
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {tensor.dtype}")
+    named = {"k": k, "v": v, "key_mask": key_mask, "document_ids": document_ids}
+    if bias is not None:
+        if not isinstance(bias, AlibiBias | RelativeBias):
+            raise TypeError(f"bias: expected AlibiBias or RelativeBias, got {type(bias).__name__}")
+        if bias.per_head.shape[0] != h:
+            raise ValueError(f"bias: expected one for each of {h} heads, got {bias.per_head.shape[0]}")
+        named["bias"] = bias.per_head
+    if key_mask is not None:
+        if key_mask.dtype != torch.bool:
+            raise TypeError(f"key_mask: expected bool, got {key_mask.dtype}")
+        if key_mask.shape != (b, j_len):
+            raise ValueError(f"key_mask: expected shape {(b, j_len)}, got {tuple(key_mask.shape)}")
+    if document_ids is not None:
+        if document_ids.is_floating_point():
+            raise TypeError(f"document_ids: expected integers, got {document_ids.dtype}")
+        if i_len != j_len or document_ids.shape != (b, j_len):
+            raise ValueError(
+                f"document_ids: expected shape {(b, j_len)} and as many queries as keys, "
+                f"got {tuple(document_ids.shape)} for {i_len} queries and {j_len} keys"
+            )
+    for name, argument in named.items():
+        if argument is not None and argument.device != q.device:
+            raise ValueError(f"{name}: expected the device of q, {q.device}, got {argument.device}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p}")

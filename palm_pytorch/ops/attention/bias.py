@@ -1,0 +1,129 @@
+"""Position biases added to attention scores, described by their few numbers and never by an (i, j) tensor.
+
+Shapes: h query heads; i, j query and key length; f extra features.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AlibiBias:
+    """ALiBi (Press et al. 2022, arXiv 2108.12409): adds `-slope * |distance|` to the scores of each head.
+
+    slopes: (h,), constants of the model: they get no gradient.
+    """
+
+    slopes: Tensor
+
+    def __post_init__(self) -> None:
+        if self.slopes.requires_grad:
+            raise ValueError("slopes: expected constants, got a tensor that requires grad")
+
+    @property
+    def per_head(self) -> Tensor:
+        return self.slopes
+
+    def values(self, i_len: int, j_len: int) -> Tensor:
+        """The bias as a tensor (h, i, j); for the plain definition and for tests."""
+        distance = key_distance(i_len, j_len, self.slopes.device)
+        return -self.slopes[:, None, None] * distance.abs()
+
+
+@dataclass(frozen=True)
+class RelativeBias:
+    """T5 relative bias (Raffel et al. 2020, arXiv 1910.10683, section 2.1), causal buckets.
+
+    Adds `scale * table[bucket(distance), head]`; a key after the query counts as distance 0.
+    table: (buckets, h), gets its gradient. max_distance: from here on every distance shares the last bucket.
+    """
+
+    table: Tensor
+    max_distance: int = 128
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.table.dim() != 2:
+            raise ValueError(f"table: expected shape (buckets, heads), got {tuple(self.table.shape)}")
+        bucket_starts(self.table.shape[0], self.max_distance)
+
+    @property
+    def per_head(self) -> Tensor:
+        return self.table.T
+
+    def buckets(self, distance: Tensor) -> Tensor:
+        """Bucket of each distance (any shape, integer), in [0, buckets)."""
+        starts = bucket_starts(self.table.shape[0], self.max_distance)
+        starts_tensor = torch.tensor(starts, device=distance.device)
+        return torch.bucketize(distance.clamp(min=0), starts_tensor, right=True) - 1
+
+    def values(self, i_len: int, j_len: int) -> Tensor:
+        """The bias as a tensor (h, i, j), differentiable in `table`."""
+        buckets = self.buckets(key_distance(i_len, j_len, self.table.device))
+        return self.table[buckets].permute(2, 0, 1) * self.scale
+
+
+Bias = AlibiBias | RelativeBias
+
+
+def key_distance(i_len: int, j_len: int, device: torch.device) -> Tensor:
+    """How far key j lies behind query i, (i, j) integers, the last query aligned with the last key."""
+    i = torch.arange(j_len - i_len, j_len, device=device)
+    return i[:, None] - torch.arange(j_len, device=device)
+
+
+def bucket_starts(num_buckets: int, max_distance: int) -> list[int]:
+    """The smallest distance of each T5 bucket: half of them one distance wide, the others growing by a constant
+    ratio up to `max_distance`.
+
+    Integer starts instead of a logarithm per distance: exact, whatever the dtype.
+    """
+    exact = num_buckets // 2
+    if num_buckets < 2 or num_buckets % 2:
+        raise ValueError(f"num_buckets: expected an even number >= 2, got {num_buckets}")
+    if max_distance <= exact:
+        raise ValueError(f"max_distance: expected more than num_buckets // 2 = {exact}, got {max_distance}")
+    ratio = max_distance / exact
+    wide = (exact * ratio ** (step / exact) for step in range(exact))
+    # What is an integer on paper may come out a rounding error above it.
+    return [*range(exact), *(math.ceil(start - 1e-9) for start in wide)]
+
+
+def alibi_features(
+    slopes: Tensor, queries: Tensor, keys: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Query features (i, *slopes.shape, f) and key features (j, f) whose dot product is `slope * (key - query)`:
+    causal ALiBi inside the product q k^T itself.
+
+    A half precision holds neither slopes nor positions exactly, so slopes are split into three parts and positions
+    into base-256 digits, each of which it does hold; the products are exact and are summed in the kernel's float32.
+
+    slopes: any shape, already divided by the factor that the scores will be multiplied with.
+    queries, keys: positions (i,) and (j,), integers. The sums round at the size of `slope * position`: measure
+    positions from a place near the queries.
+    """
+    shift = -slopes * queries.view(-1, *[1] * slopes.dim())
+    if dtype.itemsize >= 4:
+        query = torch.stack([slopes.expand_as(shift), shift], dim=-1)
+        key = torch.stack([keys, torch.ones_like(keys)], dim=-1)
+        return query.to(dtype), key.to(dtype)
+    slope_parts = _exact_parts(slopes, dtype).expand(*shift.shape, 3)
+    sign, size = keys.sign(), keys.abs()
+    # 16 ** digit on either side: neither leaves float16's range.
+    query = [slope_parts * 16**digit for digit in range(3)] + [_exact_parts(shift, dtype)]
+    key = [sign * (size >> 8 * digit & 255) * 16**digit for digit in range(3)] + [torch.ones_like(keys)]
+    return torch.cat(query, dim=-1), torch.stack(key, dim=-1).repeat_interleave(3, dim=-1).to(dtype)
+
+
+def _exact_parts(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Three numbers of a half precision that sum to x in float32, (..., 3)."""
+    parts, rest = [], x.float()
+    for _ in range(3):
+        parts.append(rest.to(dtype))
+        rest = rest - parts[-1].float()
+    return torch.stack(parts, dim=-1)

@@ -1,0 +1,263 @@
+"""Exact attention a block of queries at a time, as plain matrix products: the fast path on a CPU.
+
+Shapes: q (b, h, i, d) is taken as (t, i, r, d) and k, v (b, g, j, d) as (t, j, d), where t = b * g and r = h / g: all
+the query heads of a key/value head stand beside each other, so that one product serves them together and the
+key/value head is never repeated. A block has `rows` queries and sees the first `seen` keys: scores (t, rows, r, seen).
+
+Forward, per block:   S = scale Q K^T + bias;  P = softmax(S);  O = P V
+Backward, per block:  P again, then  dP = dO V^T;  dS = P (dP - rowsum(P dP));
+                      dQ = scale dS K;  dK += scale dS^T Q;  dV += P^T dO
+
+Keys behind the causal diagonal are never visited, nothing of size (i, j) outlives its block, and every bias is added
+to the few columns where it is not constant along the row (softmax ignores the rest):
+ALiBi rides in extra features of the product itself, T5's buckets differ only near the diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from palm_pytorch.ops.attention.bias import AlibiBias, Bias, RelativeBias, alibi_features, bucket_starts
+
+# Most queries in a block, and most scores: on a CPU a few score blocks should fit in the last-level cache.
+MAX_ROWS = 128
+MAX_SCORES = {"cpu": 1 << 20}
+MAX_SCORES_ELSEWHERE = 1 << 25
+
+
+def blockwise(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    bias: Bias | None,
+    key_mask: Tensor | None,
+    document_ids: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
+    """Every argument of the contract in memory linear in the sequence, forward and backward, on any device."""
+    seed = int(torch.randint(1 << 62, ())) if dropout_p > 0 else 0
+    per_head = None if bias is None else bias.per_head
+    call = _Call(causal, bias, key_mask, document_ids, dropout_p, seed, scale)
+    return _Blockwise.apply(q, k, v, per_head, call)
+
+
+class _Call(NamedTuple):
+    causal: bool
+    bias: Bias | None
+    key_mask: Tensor | None
+    document_ids: Tensor | None
+    dropout_p: float
+    seed: int
+    scale: float
+
+
+class _Block(NamedTuple):
+    """Which rows of the batch (t), queries and keys a block covers; `position` is its first query's, among the keys."""
+
+    t: slice
+    queries: slice
+    position: int
+    seen: int
+    number: int
+
+
+class _Blockwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, per_head: Tensor | None, call: _Call) -> Tensor:
+        ctx.save_for_backward(q, k, v, per_head)
+        ctx.call = call
+        g = k.shape[1]
+        scores = _Scores(q, k, per_head, call)
+        values = rearrange(v, "b g j d -> (b g) j d").contiguous()
+        out = torch.zeros_like(scores.q)
+        for block in scores.blocks():
+            weights = scores.dropped(block, scores.weights(block)).flatten(1, 2)
+            rows = torch.bmm(weights, values[block.t, : block.seen])
+            out[block.t, block.queries] = rows.view_as(out[block.t, block.queries])
+        return rearrange(out, "(b g) i r d -> b (g r) i d", g=g)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, per_head = ctx.saved_tensors
+        call: _Call = ctx.call
+        g = k.shape[1]
+        scores = _Scores(q, k, per_head, call)
+        keys, values = scores.k, rearrange(v, "b g j d -> (b g) j d").contiguous()
+        grad_out = _queries_of(grad_out, g)
+        dq = torch.zeros_like(scores.q)
+        # Sums over blocks: a half precision would lose what the later blocks add.
+        wide = torch.promote_types(q.dtype, torch.float32)
+        dk, dv = (torch.zeros_like(t, dtype=wide) for t in (keys, values))
+        for block in scores.blocks():
+            weights = scores.weights(block)
+            dropped = scores.dropped(block, weights).flatten(1, 2)
+            q_rows = scores.q[block.t, block.queries].flatten(1, 2)
+            g_rows = grad_out[block.t, block.queries].flatten(1, 2)
+            dv[block.t, : block.seen] += torch.bmm(dropped.mT, g_rows)
+            dp = torch.bmm(g_rows, values[block.t, : block.seen].mT).view_as(weights)
+            dp = scores.dropped(block, dp)
+            ds = torch.ops.aten._softmax_backward_data(dp, weights, -1, weights.dtype)
+            scores.collect_bias_grad(block, ds)
+            ds = ds.flatten(1, 2)
+            rows = dq[block.t, block.queries]
+            rows.copy_(_scaled_product(ds, keys[block.t, : block.seen], call.scale).view_as(rows))
+            dk[block.t, : block.seen] += _scaled_product(ds.mT, q_rows, call.scale)
+        return (
+            rearrange(dq, "(b g) i r d -> b (g r) i d", g=g),
+            rearrange(dk, "(b g) j d -> b g j d", g=g).to(k.dtype),
+            rearrange(dv, "(b g) j d -> b g j d", g=g).to(v.dtype),
+            scores.bias_grad(),
+            None,
+        )
+
+
+def _queries_of(x: Tensor, g: int) -> Tensor:
+    """(b, h, i, d) as (t, i, r, d): free for one key/value head and the layout that projections give."""
+    return rearrange(x, "b (g r) i d -> (b g) i r d", g=g).contiguous()
+
+
+def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale * a @ b for batches of matrices, the factor applied before the result is rounded."""
+    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    return torch.baddbmm(out, a, b, beta=0, alpha=scale)
+
+
+class _Scores:
+    """The biased, masked scores of each block and their softmax, for forward and for backward's second look."""
+
+    def __init__(self, q: Tensor, k: Tensor, per_head: Tensor | None, call: _Call) -> None:
+        self.call = call
+        self.g = k.shape[1]
+        self.q, self.k = _queries_of(q, self.g), rearrange(k, "b g j d -> (b g) j d").contiguous()
+        self.t_len, self.i_len, self.r, self.d = self.q.shape
+        self.j_len = self.k.shape[1]
+        budget = MAX_SCORES.get(q.device.type, MAX_SCORES_ELSEWHERE)
+        self.rows = max(1, min(MAX_ROWS, self.i_len, max(16, budget // (self.r * self.j_len))))
+        self.t_step = max(1, budget // (self.r * self.j_len * self.rows))
+        if call.bias is not None:
+            assert per_head is not None
+            # (t, r, ...): what each query head of each batch row carries
+            heads = rearrange(per_head, "(g r) ... -> g r ...", g=self.g)
+            self.per_head = heads.repeat(self.t_len // self.g, *[1] * (heads.dim() - 1))
+        if isinstance(call.bias, RelativeBias):
+            self._build_band(call.bias)
+
+    def blocks(self) -> Iterator[_Block]:
+        """All blocks with something to see, in a fixed order."""
+        shift = self.j_len - self.i_len
+        first = max(0, -shift) if self.call.causal else 0
+        number = 0
+        for t in range(0, self.t_len, self.t_step):
+            for start in range(first, self.i_len, self.rows):
+                stop = min(start + self.rows, self.i_len)
+                seen = shift + stop if self.call.causal else self.j_len
+                yield _Block(slice(t, t + self.t_step), slice(start, stop), shift + start, seen, number)
+                number += 1
+
+    def weights(self, block: _Block) -> Tensor:
+        """softmax of the block's scores, (t, rows, r, seen); rows that may see nothing are zeros."""
+        call = self.call
+        q, k = self.q[block.t, block.queries], self.k[block.t, : block.seen]
+        if isinstance(call.bias, AlibiBias) and call.causal:
+            q, k = self._carry_alibi(block, q, k)
+        scores = _scaled_product(q.flatten(1, 2), k.mT, call.scale).view(*q.shape[:3], block.seen)
+        if isinstance(call.bias, RelativeBias):
+            columns, band = self._band_columns(block)
+            scores[..., columns] += self.band[block.t, : q.shape[1], :, band]
+        elif isinstance(call.bias, AlibiBias) and not call.causal:
+            distance = self._distance(block, 0).abs()
+            scores -= self.per_head[block.t, None, :, None] * distance[:, None]
+        if call.key_mask is None and call.document_ids is None:
+            if call.causal:
+                # Before the block's first position every query sees every key.
+                start = max(0, block.position)
+                hidden = self._distance(block, start) < 0
+                scores[..., start:].masked_fill_(hidden[:, None], float("-inf"))
+            return scores.softmax(dim=-1)
+        hidden = self._hidden(block)[:, :, None]
+        weights = scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+        return weights.masked_fill_(hidden.all(dim=-1, keepdim=True), 0.0)
+
+    def dropped(self, block: _Block, weights: Tensor) -> Tensor:
+        """weights (or their gradient) after dropout; the same positions go each time a block is visited."""
+        p = self.call.dropout_p
+        if p == 0:
+            return weights
+        generator = torch.Generator(weights.device).manual_seed(self.call.seed + block.number)
+        kept = torch.rand(weights.shape, device=weights.device, generator=generator) >= p
+        return weights * kept / (1 - p)
+
+    def _distance(self, block: _Block, start: int) -> Tensor:
+        """How far each key from `start` on lies behind each query, (rows, seen - start)."""
+        i = torch.arange(block.queries.stop - block.queries.start, device=self.q.device) + block.position
+        return i[:, None] - torch.arange(start, block.seen, device=self.q.device)
+
+    def _hidden(self, block: _Block) -> Tensor:
+        """Which keys are masked, by key mask, document or causality, (t, rows, seen)."""
+        call = self.call
+        batch = torch.arange(self.t_len, device=self.q.device)[block.t] // self.g
+        rows = block.queries.stop - block.queries.start
+        hidden = torch.zeros(1, rows, block.seen, dtype=torch.bool, device=self.q.device)
+        if call.causal:
+            hidden = (self._distance(block, 0) < 0)[None]
+        if call.key_mask is not None:
+            hidden = hidden | ~call.key_mask[batch, None, : block.seen]
+        if call.document_ids is not None:
+            ids = call.document_ids[batch]
+            hidden = hidden | (ids[:, block.queries, None] != ids[:, None, : block.seen])
+        return hidden
+
+    def _carry_alibi(self, block: _Block, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        rows, keys = (torch.arange(n, device=k.device) for n in (q.shape[1], block.seen))
+        query, key = alibi_features(self.per_head[block.t] / self.call.scale, rows, keys - block.position, q.dtype)
+        q = torch.cat([q, query.transpose(0, 1)], dim=-1)
+        return q, torch.cat([k, key.expand(k.shape[0], -1, -1)], dim=-1)
+
+    # T5's bias less that of its last bucket is zero far behind the queries. What is left is a band around the
+    # diagonal, the same for every block: column c of it is the key at distance `row - c + reach`.
+
+    def _build_band(self, bias: RelativeBias) -> None:
+        self.reach = bucket_starts(bias.table.shape[0], bias.max_distance)[-1]
+        ahead = self.rows if self.call.causal else max(self.i_len, self.j_len) + self.rows
+        row, column = (torch.arange(n, device=self.q.device) for n in (self.rows, self.reach + ahead))
+        self.buckets = bias.buckets(row[:, None] - column + self.reach)
+        offsets = (self.per_head - self.per_head[..., -1:]) * bias.scale
+        self.band = offsets[:, :, self.buckets].transpose(1, 2)
+        self.band_grad: Tensor | None = None
+
+    def _band_columns(self, block: _Block) -> tuple[slice, slice]:
+        """Where the band lies among the block's keys, and which of the band's columns those are."""
+        start = max(0, block.position - self.reach)
+        first = start - block.position + self.reach
+        return slice(start, block.seen), slice(first, first + block.seen - start)
+
+    def collect_bias_grad(self, block: _Block, ds: Tensor) -> None:
+        if not isinstance(self.call.bias, RelativeBias):
+            return
+        if self.band_grad is None:
+            self.band_grad = torch.zeros_like(self.band, dtype=torch.promote_types(ds.dtype, torch.float32))
+        columns, band = self._band_columns(block)
+        self.band_grad[block.t, : ds.shape[1], :, band] += ds[..., columns]
+
+    def bias_grad(self) -> Tensor | None:
+        """The gradient of `per_head` (h, buckets). Score gradients sum to zero along each row, so the last bucket's is
+        what the others leave."""
+        bias = self.call.bias
+        if not isinstance(bias, RelativeBias):
+            return None
+        assert self.band_grad is not None
+        per_head = rearrange(self.band_grad, "(b g) i r c -> b (g r) (i c)", g=self.g).sum(0)
+        member = torch.nn.functional.one_hot(self.buckets.flatten(), bias.table.shape[0]).to(per_head.dtype)
+        grad = per_head @ member
+        grad[:, -1] = -grad[:, :-1].sum(dim=-1)
+        return (grad * bias.scale).to(bias.table.dtype)

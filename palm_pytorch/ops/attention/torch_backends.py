@@ -1,0 +1,99 @@
+"""Attention through torch's own fused kernels.
+
+Shapes: q (b, h, i, d); k, v (b, g, j, d) with g dividing h; f extra features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from palm_pytorch.ops.attention.bias import AlibiBias, Bias, alibi_features
+from palm_pytorch.ops.attention.reference import visible_keys
+
+# ALiBi as a feature rounds scores at the size of the largest `slope * position`, so float32, where that would show,
+# is served in pieces of this many queries, each measuring positions from its own end.
+ALIBI_QUERIES = 256
+
+
+def sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    bias: Bias | None,
+    key_mask: Tensor | None,
+    document_ids: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`: no mask tensor where plain causal attention is asked for, none
+    with a head dimension unless the bias is learned, and the key/value head never expanded in memory."""
+    (i_len, d), j_len = q.shape[-2:], k.shape[2]
+
+    if causal and isinstance(bias, AlibiBias):
+        if q.dtype.itemsize >= 4 and i_len > ALIBI_QUERIES:
+            return _in_pieces(q, k, v, key_mask, document_ids, bias=bias, dropout_p=dropout_p, scale=scale)
+        q, k, v = _carry_alibi(q, k, v, bias, scale)
+        bias = None
+
+    plain = causal and i_len == j_len and bias is None and key_mask is None and document_ids is None
+    mask, blind = None, None
+    if not plain:
+        mask = visible_keys(
+            i_len, j_len, causal=causal, key_mask=key_mask, document_ids=document_ids, device=q.device
+        )
+        if mask is not None:
+            # A row that may see nothing is let see everything, then cleared: the kernels differ in what they make of it.
+            blind = ~mask.any(dim=-1, keepdim=True)
+            mask = mask | blind
+        if bias is not None:
+            values = bias.values(i_len, j_len).to(q.dtype)[None]
+            mask = values if mask is None else values.masked_fill(~mask, float("-inf"))
+
+    if k.shape[1] == 1:
+        k, v = (t.expand(-1, q.shape[1], -1, -1) for t in (k, v))
+    out = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=dropout_p,
+        is_causal=plain,
+        scale=scale,
+        enable_gqa=k.shape[1] != q.shape[1],
+    )
+    return (out if blind is None else out.masked_fill(blind, 0.0))[..., :d]
+
+
+def _in_pieces(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, document_ids: Tensor | None, **options: Any
+) -> Tensor:
+    """Causal attention, ALIBI_QUERIES queries at a time."""
+    pieces = []
+    for rows in q.split(ALIBI_QUERIES, dim=2):
+        done = sum(piece.shape[2] for piece in pieces)
+        seen = k.shape[2] - q.shape[2] + done + rows.shape[2]
+        if seen <= 0:
+            pieces.append(torch.zeros_like(rows))
+            continue
+        mask, ids = (None if t is None else t[:, :seen] for t in (key_mask, document_ids))
+        pieces.append(
+            sdpa(rows, k[:, :, :seen], v[:, :, :seen], causal=True, key_mask=mask, document_ids=ids, **options)
+        )
+    return torch.cat(pieces, dim=2)
+
+
+def _carry_alibi(q: Tensor, k: Tensor, v: Tensor, bias: AlibiBias, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v with ALiBi in extra features (zeros in v, since the fused kernels want one width, in eights)."""
+    queries, keys = (torch.arange(1 - t.shape[2], 1, device=t.device) for t in (q, k))
+    query, key = alibi_features(bias.slopes / scale, queries, keys, q.dtype)
+    padding = -(q.shape[-1] + key.shape[-1]) % 8
+    query, key = (F.pad(t, (0, padding)) for t in (query.transpose(0, 1), key))
+    q = torch.cat([q, query.expand(q.shape[0], -1, -1, -1)], dim=-1)
+    k = torch.cat([k, key.expand(*k.shape[:2], -1, -1)], dim=-1)
+    return q, k, F.pad(v, (0, key.shape[-1]))

@@ -1,0 +1,148 @@
+"""Cross-entropy of a linear layer's outputs without ever holding all of them.
+
+Shapes: t positions (any leading shape, flattened); c model width; v number of tokens.
+
+Per chunk of positions, with z = hidden weight^T + bias:
+    loss  = logsumexp(z) - z[label]                        (+ z_loss * logsumexp(z)^2, PaLM section 5)
+    dz    = softmax(z) * (1 + 2 z_loss logsumexp(z)) - onehot(label)
+    dhidden = dz weight;   dweight += dz^T hidden;   dbias += sum(dz)
+The gradient is taken while the chunk's logits are at hand, so backward only scales it: no logits are computed twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Logits held at a time: 64 MB in float32, plus as much for their gradient.
+MAX_LOGITS = 1 << 24
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Mean cross-entropy in nats of `softmax(hidden @ weight.T + bias)` over the labels that count; a float32 scalar
+    (float64 for float64 input).
+
+    hidden: (..., c).  weight: (v, c).  bias: (v,) or None.
+    labels: (...) integers in [0, v), or `ignore_index` where a position does not count.
+    z_loss: weight of `logsumexp(logits)^2`, added to the loss of each position (PaLM, arXiv 2204.02311, section 5).
+    chunk_tokens: positions whose logits are held at a time; None keeps them under 64 MB.
+
+    Products run in the autocast dtype where autocast is on, else in the dtype of hidden; softmax and sums in float32
+    or better. Where no label counts the loss is 0 and so are its gradients.
+
+    Raises ValueError or TypeError naming the argument that does not fit.
+    """
+    _check(hidden, weight, labels, bias, ignore_index, z_loss, chunk_tokens)
+    if chunk_tokens is None:
+        chunk_tokens = max(1, MAX_LOGITS // weight.shape[0])
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    settings = (ignore_index, z_loss, chunk_tokens, dtype)
+    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, bias, labels.flatten(), settings)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        settings: tuple[int, float, int, torch.dtype],
+    ) -> Tensor:
+        ignore_index, z_loss, chunk_tokens, dtype = settings
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        d_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs_bias else None
+
+        counts = labels != ignore_index
+        per_label = 1 / counts.sum().clamp(min=1).to(wide)
+        weight_cast = weight.to(dtype)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        for start in range(0, len(hidden), chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            hidden_cast = hidden[rows].to(dtype)
+            logits = (hidden_cast @ weight_cast.T).to(wide)
+            if bias is not None:
+                logits += bias
+            label = labels[rows].where(counts[rows], 0)[:, None]
+            share = counts[rows, None] * per_label
+            log_z = logits.logsumexp(dim=-1, keepdim=True)
+            total += ((log_z - logits.gather(1, label) + z_loss * log_z**2) * share).sum()
+
+            if not any(ctx.needs_input_grad):
+                continue
+            d_logits = logits.sub_(log_z).exp_().mul_((1 + 2 * z_loss * log_z) * share)
+            d_logits.scatter_add_(1, label, -share)
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+            d_logits = d_logits.to(dtype)
+            if d_hidden is not None:
+                d_hidden[rows] = d_logits @ weight_cast
+            if d_weight is not None:
+                d_weight += d_logits.T @ hidden_cast
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype),
+            None if d_weight is None else (d_weight * grad).to(weight_dtype),
+            None if d_bias is None else (d_bias * grad).to(bias_dtype),
+            None,
+            None,
+        )
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    z_loss: float,
+    chunk_tokens: int | None,
+) -> None:
+    if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden, weight: expected (..., c) and (v, c), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(f"labels: expected shape {tuple(hidden.shape[:-1])}, got {tuple(labels.shape)}")
+    if labels.dtype != torch.long:
+        raise TypeError(f"labels: expected torch.long, got {labels.dtype}")
+    if labels.device != hidden.device:
+        raise ValueError(f"labels: expected the device of hidden, {hidden.device}, got {labels.device}")
+    if z_loss < 0:
+        raise ValueError(f"z_loss: expected a weight >= 0, got {z_loss}")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens: expected at least 1, got {chunk_tokens}")
+    if labels.device.type == "cpu" and labels.numel():
+        counted = labels[labels != ignore_index]
+        if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < weight.shape[0]:
+            raise ValueError(
+                f"labels: expected values in [0, {weight.shape[0]}) or ignore_index={ignore_index}, "
+                f"got values from {int(counted.min())} to {int(counted.max())}"
+            )
