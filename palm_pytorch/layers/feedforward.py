@@ -9,12 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def swiglu(value: Tensor, gate: Tensor) -> Tensor:
+    """`silu(gate) * value`, for callers that have the two apart."""
+    return F.silu(gate) * value
+
+
 class SwiGLU(nn.Module):
     """(..., 2f) -> (..., f): `silu(gate) * value`, the first half is the value, the second the gate."""
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = x.chunk(2, dim=-1)
-        return F.silu(gate) * value
+        return swiglu(*x.chunk(2, dim=-1))
 
 
 class GEGLU(nn.Module):

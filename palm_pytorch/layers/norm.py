@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from palm_pytorch.ops import rms_norm
+
 
 class RMSNorm(nn.Module):
     """Root mean square norm (Zhang & Sennrich 2019, arXiv 1910.07467): `x / sqrt(mean(x^2) + eps) * weight`."""
@@ -24,7 +26,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., c), any floating dtype, which the result keeps."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):

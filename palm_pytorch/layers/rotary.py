@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from palm_pytorch.ops import rotate
+
 # xPos scales a dimension by at most (0.4 / 1.4) ** power on either side of the middle; past this power float32 has
 # no number for it.
 XPOS_MAX_POWER = 69
@@ -71,7 +73,4 @@ def apply_rotary(x: Tensor, table: RotaryTable) -> Tensor:
     Half-split: dim x turns with dim x + r / 2.
     """
     cos, sin = (t if t.dim() == 2 else t[:, None] for t in table)
-    half = cos.shape[-1]
-    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    turned = first * cos - second * sin, second * cos + first * sin
-    return torch.cat([*(t.to(x.dtype) for t in turned), rest], dim=-1)
+    return rotate(x, cos, sin)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from palm_pytorch.layers.attention import merge_heads, split_heads
-from palm_pytorch.layers.feedforward import SwiGLU
+from palm_pytorch.layers.feedforward import swiglu
 from palm_pytorch.layers.norm import L2Norm, make_norm
 from palm_pytorch.layers.rotary import Rotary, RotaryTable, apply_rotary
 from palm_pytorch.models.language_model import LanguageModel
@@ -43,20 +43,19 @@ class ParallelBlock(nn.Module):
         super().__init__()
         self.dim_head, self.attn_dropout, self.backend = dim_head, attn_dropout, attention_backend
         inner = ff_mult * dim
-        self.widths = [heads * dim_head, dim_head, dim_head, 2 * inner]
+        self.widths = [heads * dim_head, dim_head, dim_head, inner, inner]
         self.norm = make_norm(norm, dim)
         self.fused_proj = nn.Linear(dim, sum(self.widths), bias=False)
         self.q_norm = L2Norm(dim_head) if qk_norm else nn.Identity()
         self.k_norm = L2Norm(dim_head) if qk_norm else nn.Identity()
         self.attn_out = nn.Linear(heads * dim_head, dim, bias=False)
-        self.swiglu = SwiGLU()
         self.ff_dropout = nn.Dropout(ff_dropout)
         self.ff_out = nn.Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[RotaryTable, RotaryTable]) -> Tensor:
-        q, k, v, ff = self.fused_proj(self.norm(x)).split(self.widths, dim=-1)
+        q, k, v, value, gate = self.fused_proj(self.norm(x)).split(self.widths, dim=-1)
         attended = self.attn_out(self.attend(q, k, v, rotary))
-        return x + attended + self.ff_out(self.ff_dropout(self.swiglu(ff)))
+        return x + attended + self.ff_out(self.ff_dropout(swiglu(value, gate)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rotary: tuple[RotaryTable, RotaryTable]) -> Tensor:
         """q (b, n, h d), k and v (b, n, d) -> (b, n, h d)."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from palm_pytorch.layers.alibi import alibi_slopes
 from palm_pytorch.layers.attention import merge_heads, split_heads
-from palm_pytorch.layers.feedforward import SwiGLU
+from palm_pytorch.layers.feedforward import swiglu
 from palm_pytorch.layers.norm import L2Norm, make_norm
 from palm_pytorch.models.language_model import LanguageModel
 from palm_pytorch.ops import AlibiBias, attention
@@ -39,20 +39,19 @@ class ParallelLiteBlock(nn.Module):
         super().__init__()
         self.dim_head, self.attn_dropout, self.backend = dim_head, attn_dropout, attention_backend
         inner = ff_mult * dim
-        self.widths = [heads * dim_head, dim_head, 2 * inner]
+        self.widths = [heads * dim_head, dim_head, inner, inner]
         self.norm = make_norm(norm, dim)
         self.fused_proj = nn.Linear(dim, sum(self.widths), bias=False)
         self.q_norm = L2Norm(dim_head) if qk_norm else nn.Identity()
         self.k_norm = L2Norm(dim_head) if qk_norm else nn.Identity()
         self.attn_out = nn.Linear(heads * dim_head, dim, bias=False)
-        self.swiglu = SwiGLU()
         self.ff_dropout = nn.Dropout(ff_dropout)
         self.ff_out = nn.Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor, alibi: AlibiBias) -> Tensor:
-        q, kv, ff = self.fused_proj(self.norm(x)).split(self.widths, dim=-1)
+        q, kv, value, gate = self.fused_proj(self.norm(x)).split(self.widths, dim=-1)
         attended = self.attn_out(self.attend(q, kv, alibi))
-        return x + attended + self.ff_out(self.ff_dropout(self.swiglu(ff)))
+        return x + attended + self.ff_out(self.ff_dropout(swiglu(value, gate)))
 
     def attend(self, q: Tensor, kv: Tensor, alibi: AlibiBias) -> Tensor:
         """q (b, n, h d), kv (b, n, d) -> (b, n, h d)."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.amp import is_autocast_available
 
 from palm_pytorch.ops.attention.bias import AlibiBias, Bias, RelativeBias
 from palm_pytorch.ops.attention.blockwise import blockwise
@@ -49,7 +50,7 @@ def attention(
 
     Raises ValueError or TypeError naming the argument that does not fit.
     """
-    if torch.is_autocast_enabled(q.device.type):
+    if is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if backend == "auto":

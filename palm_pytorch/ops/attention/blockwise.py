@@ -81,8 +81,8 @@ class _Blockwise(torch.autograd.Function):
         out = torch.zeros_like(scores.q)
         for block in scores.blocks():
             weights = scores.dropped(block, scores.weights(block)).flatten(1, 2)
-            rows = torch.bmm(weights, values[block.t, : block.seen])
-            out[block.t, block.queries] = rows.view_as(out[block.t, block.queries])
+            rows = out[block.t, block.queries]
+            rows.copy_(_product(weights, values[block.t, : block.seen]).view_as(rows))
         return rearrange(out, "(b g) i r d -> b (g r) i d", g=g)
 
     @staticmethod
@@ -103,15 +103,15 @@ class _Blockwise(torch.autograd.Function):
             dropped = scores.dropped(block, weights).flatten(1, 2)
             q_rows = scores.q[block.t, block.queries].flatten(1, 2)
             g_rows = grad_out[block.t, block.queries].flatten(1, 2)
-            dv[block.t, : block.seen] += torch.bmm(dropped.mT, g_rows)
-            dp = torch.bmm(g_rows, values[block.t, : block.seen].mT).view_as(weights)
+            dv[block.t, : block.seen] += _product(dropped.mT, g_rows)
+            dp = _product(g_rows, values[block.t, : block.seen].mT).view_as(weights)
             dp = scores.dropped(block, dp)
             ds = torch.ops.aten._softmax_backward_data(dp, weights, -1, weights.dtype)
             scores.collect_bias_grad(block, ds)
             ds = ds.flatten(1, 2)
             rows = dq[block.t, block.queries]
-            rows.copy_(_scaled_product(ds, keys[block.t, : block.seen], call.scale).view_as(rows))
-            dk[block.t, : block.seen] += _scaled_product(ds.mT, q_rows, call.scale)
+            rows.copy_(_product(ds, keys[block.t, : block.seen], call.scale).view_as(rows))
+            dk[block.t, : block.seen] += _product(ds.mT, q_rows, call.scale)
         return (
             rearrange(dq, "(b g) i r d -> b (g r) i d", g=g),
             rearrange(dk, "(b g) j d -> b g j d", g=g).to(k.dtype),
@@ -126,31 +126,68 @@ def _queries_of(x: Tensor, g: int) -> Tensor:
     return rearrange(x, "b (g r) i d -> (b g) i r d", g=g).contiguous()
 
 
-def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """scale * a @ b for batches of matrices, the factor applied before the result is rounded."""
     out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    if len(a) == 1:  # the batched product copies operands that this one takes as they lie
+        return torch.addmm(out[0], a[0], b[0], beta=0, alpha=scale)[None]
     return torch.baddbmm(out, a, b, beta=0, alpha=scale)
 
 
 class _Scores:
-    """The biased, masked scores of each block and their softmax, for forward and for backward's second look."""
+    """The biased, masked scores of each block and their softmax, for forward and for backward's second look.
+
+    Near the diagonal a band is added to them, which is the same for every block: -inf for keys ahead of a query, and
+    T5's bias less that of its last bucket, which is zero from `reach` behind. Column c of it is at distance
+    `row - c + reach`.
+    """
 
     def __init__(self, q: Tensor, k: Tensor, per_head: Tensor | None, call: _Call) -> None:
         self.call = call
         self.g = k.shape[1]
         self.q, self.k = _queries_of(q, self.g), rearrange(k, "b g j d -> (b g) j d").contiguous()
-        self.t_len, self.i_len, self.r, self.d = self.q.shape
+        self.t_len, self.i_len, self.r, _ = self.q.shape
         self.j_len = self.k.shape[1]
         budget = MAX_SCORES.get(q.device.type, MAX_SCORES_ELSEWHERE)
         self.rows = max(1, min(MAX_ROWS, self.i_len, max(16, budget // (self.r * self.j_len))))
         self.t_step = max(1, budget // (self.r * self.j_len * self.rows))
-        if call.bias is not None:
-            assert per_head is not None
+        if per_head is not None:
             # (t, r, ...): what each query head of each batch row carries
-            heads = rearrange(per_head, "(g r) ... -> g r ...", g=self.g)
+            heads = rearrange(per_head.detach(), "(g r) ... -> g r ...", g=self.g)
             self.per_head = heads.repeat(self.t_len // self.g, *[1] * (heads.dim() - 1))
-        if isinstance(call.bias, RelativeBias):
-            self._build_band(call.bias)
+        if call.causal and isinstance(call.bias, AlibiBias):
+            row = self._arange(0, self.rows)
+            # Keys from as far behind a block's first query as there are, to its last query.
+            key = self._arange(-self.j_len, self.rows)
+            features = alibi_features(self.per_head / call.scale, row, key, q.dtype)
+            self.q_features, self.k_features = features[0].transpose(0, 1), features[1]
+        self.band_grad: Tensor | None = None
+        if call.causal or isinstance(call.bias, RelativeBias):
+            self._build_band()
+
+    def _arange(self, start: int, stop: int) -> Tensor:
+        return torch.arange(start, stop, device=self.q.device)
+
+    def _build_band(self) -> None:
+        bias, causal = self.call.bias, self.call.causal
+        learned = isinstance(bias, RelativeBias)
+        self.reach = bucket_starts(bias.table.shape[0], bias.max_distance)[-1] if learned else 0
+        ahead = self.rows if causal else self.i_len + self.j_len
+        distance = self._arange(0, self.rows)[:, None] - self._arange(-self.reach, ahead)
+        self.band = torch.zeros(1, self.rows, 1, distance.shape[1], device=self.q.device)
+        if learned:
+            self.buckets = bias.buckets(distance)
+            offsets = (self.per_head - self.per_head[..., -1:]) * bias.scale
+            self.band = offsets[:, :, self.buckets].transpose(1, 2)
+        if causal:
+            self.band = self.band.masked_fill(distance[:, None] < 0, float("-inf"))
+        self.band = self.band.to(self.q.dtype).expand(self.t_len, -1, -1, -1)
+
+    def _band_columns(self, block: _Block) -> tuple[slice, slice]:
+        """Where the band lies among the block's keys, and which of the band's columns those are."""
+        start = max(0, block.position - self.reach)
+        first = start - block.position + self.reach
+        return slice(start, block.seen), slice(first, first + block.seen - start)
 
     def blocks(self) -> Iterator[_Block]:
         """All blocks with something to see, in a fixed order."""
@@ -168,25 +205,35 @@ class _Scores:
         """softmax of the block's scores, (t, rows, r, seen); rows that may see nothing are zeros."""
         call = self.call
         q, k = self.q[block.t, block.queries], self.k[block.t, : block.seen]
+        rows = q.shape[1]
         if isinstance(call.bias, AlibiBias) and call.causal:
-            q, k = self._carry_alibi(block, q, k)
-        scores = _scaled_product(q.flatten(1, 2), k.mT, call.scale).view(*q.shape[:3], block.seen)
-        if isinstance(call.bias, RelativeBias):
-            columns, band = self._band_columns(block)
-            scores[..., columns] += self.band[block.t, : q.shape[1], :, band]
-        elif isinstance(call.bias, AlibiBias) and not call.causal:
-            distance = self._distance(block, 0).abs()
+            features = self.k_features[self.j_len - block.position :][: block.seen]
+            q = torch.cat([q, self.q_features[block.t, :rows]], dim=-1)
+            k = torch.cat([k, features.expand(len(k), -1, -1)], dim=-1)
+        scores = _product(q.flatten(1, 2), k.mT, call.scale).view(len(q), rows, self.r, block.seen)
+        if isinstance(call.bias, AlibiBias) and not call.causal:
+            i = self._arange(block.position, block.position + rows)
+            distance = (i[:, None] - self._arange(0, block.seen)).abs()
             scores -= self.per_head[block.t, None, :, None] * distance[:, None]
+        if call.causal or isinstance(call.bias, RelativeBias):
+            columns, band = self._band_columns(block)
+            scores[..., columns] += self.band[block.t, :rows, :, band]
         if call.key_mask is None and call.document_ids is None:
-            if call.causal:
-                # Before the block's first position every query sees every key.
-                start = max(0, block.position)
-                hidden = self._distance(block, start) < 0
-                scores[..., start:].masked_fill_(hidden[:, None], float("-inf"))
             return scores.softmax(dim=-1)
-        hidden = self._hidden(block)[:, :, None]
-        weights = scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
-        return weights.masked_fill_(hidden.all(dim=-1, keepdim=True), 0.0)
+        scores.masked_fill_(self._masked(block), float("-inf"))
+        blind = scores.amax(dim=-1, keepdim=True) == float("-inf")
+        return scores.softmax(dim=-1).masked_fill_(blind, 0.0)
+
+    def _masked(self, block: _Block) -> Tensor:
+        """The keys that key mask and documents take away, (t, rows or 1, 1, seen)."""
+        batch = self._arange(0, self.t_len)[block.t] // self.g
+        masked = torch.zeros((), dtype=torch.bool, device=self.q.device)
+        if self.call.key_mask is not None:
+            masked = masked | ~self.call.key_mask[batch, None, : block.seen]
+        if self.call.document_ids is not None:
+            ids = self.call.document_ids[batch]
+            masked = masked | (ids[:, block.queries, None] != ids[:, None, : block.seen])
+        return masked[:, :, None]
 
     def dropped(self, block: _Block, weights: Tensor) -> Tensor:
         """weights (or their gradient) after dropout; the same positions go each time a block is visited."""
@@ -196,50 +243,6 @@ class _Scores:
         generator = torch.Generator(weights.device).manual_seed(self.call.seed + block.number)
         kept = torch.rand(weights.shape, device=weights.device, generator=generator) >= p
         return weights * kept / (1 - p)
-
-    def _distance(self, block: _Block, start: int) -> Tensor:
-        """How far each key from `start` on lies behind each query, (rows, seen - start)."""
-        i = torch.arange(block.queries.stop - block.queries.start, device=self.q.device) + block.position
-        return i[:, None] - torch.arange(start, block.seen, device=self.q.device)
-
-    def _hidden(self, block: _Block) -> Tensor:
-        """Which keys are masked, by key mask, document or causality, (t, rows, seen)."""
-        call = self.call
-        batch = torch.arange(self.t_len, device=self.q.device)[block.t] // self.g
-        rows = block.queries.stop - block.queries.start
-        hidden = torch.zeros(1, rows, block.seen, dtype=torch.bool, device=self.q.device)
-        if call.causal:
-            hidden = (self._distance(block, 0) < 0)[None]
-        if call.key_mask is not None:
-            hidden = hidden | ~call.key_mask[batch, None, : block.seen]
-        if call.document_ids is not None:
-            ids = call.document_ids[batch]
-            hidden = hidden | (ids[:, block.queries, None] != ids[:, None, : block.seen])
-        return hidden
-
-    def _carry_alibi(self, block: _Block, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        rows, keys = (torch.arange(n, device=k.device) for n in (q.shape[1], block.seen))
-        query, key = alibi_features(self.per_head[block.t] / self.call.scale, rows, keys - block.position, q.dtype)
-        q = torch.cat([q, query.transpose(0, 1)], dim=-1)
-        return q, torch.cat([k, key.expand(k.shape[0], -1, -1)], dim=-1)
-
-    # T5's bias less that of its last bucket is zero far behind the queries. What is left is a band around the
-    # diagonal, the same for every block: column c of it is the key at distance `row - c + reach`.
-
-    def _build_band(self, bias: RelativeBias) -> None:
-        self.reach = bucket_starts(bias.table.shape[0], bias.max_distance)[-1]
-        ahead = self.rows if self.call.causal else max(self.i_len, self.j_len) + self.rows
-        row, column = (torch.arange(n, device=self.q.device) for n in (self.rows, self.reach + ahead))
-        self.buckets = bias.buckets(row[:, None] - column + self.reach)
-        offsets = (self.per_head - self.per_head[..., -1:]) * bias.scale
-        self.band = offsets[:, :, self.buckets].transpose(1, 2)
-        self.band_grad: Tensor | None = None
-
-    def _band_columns(self, block: _Block) -> tuple[slice, slice]:
-        """Where the band lies among the block's keys, and which of the band's columns those are."""
-        start = max(0, block.position - self.reach)
-        first = start - block.position + self.reach
-        return slice(start, block.seen), slice(first, first + block.seen - start)
 
     def collect_bias_grad(self, block: _Block, ds: Tensor) -> None:
         if not isinstance(self.call.bias, RelativeBias):
@@ -255,7 +258,8 @@ class _Scores:
         bias = self.call.bias
         if not isinstance(bias, RelativeBias):
             return None
-        assert self.band_grad is not None
+        if self.band_grad is None:  # no query saw any key
+            return torch.zeros_like(bias.per_head)
         per_head = rearrange(self.band_grad, "(b g) i r c -> b (g r) (i c)", g=self.g).sum(0)
         member = torch.nn.functional.one_hot(self.buckets.flatten(), bias.table.shape[0]).to(per_head.dtype)
         grad = per_head @ member

@@ -1,0 +1,40 @@
+"""Root mean square norm that keeps no intermediate for backward but one number per row.
+
+Shapes: c model width; leading dimensions are rows.
+
+    r = 1 / sqrt(mean(x^2) + eps);   y = x r w
+    dx = r (g - x r mean(g x r)), with g = dy w;   dw = sum over rows of dy x r
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x (..., c) over its root mean square, times weight (c,); computed in float32 or better, in the dtype of x."""
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) ** 2 / x.shape[-1]
+        inverse = (mean_square + eps).rsqrt()
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        wide = torch.promote_types(x.dtype, torch.float32)
+        normed, grad = x.to(wide) * inverse, grad.to(wide)
+        d_weight = (grad * normed).flatten(0, -2).sum(0)
+        grad = grad * weight
+        along = (grad * normed).mean(dim=-1, keepdim=True)
+        dx = torch.addcmul(grad, normed, along, value=-1).mul_(inverse)
+        return dx.to(x.dtype), d_weight.to(weight.dtype), None

@@ -1,0 +1,1 @@
+"""Training a model: corpora, batches, the loop and its checkpoints."""

@@ -1,0 +1,134 @@
+"""What a run reads of its corpus: splits, training batches and evaluation windows, at byte level.
+
+Shapes: b sequences (rows), each a window of n + 1 tokens: inputs are `[:, :-1]`, labels `[:, 1:]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+
+from palm_pytorch.training.corpus import Corpus
+
+NUM_TOKENS = 256  # a token is a byte
+
+
+class Splits(NamedTuple):
+    """Three consecutive parts of a corpus, each `(length,)` uint8."""
+
+    train: np.ndarray
+    valid: np.ndarray
+    test: np.ndarray
+
+
+def split_corpus(corpus: Corpus, seq_len: int) -> Splits:
+    """Splits by position: 90% to train, then 5% to validate and 5% to test, as is customary on Enwik8.
+
+    Raises:
+        ValueError: the corpus is too short for each split to hold a window of `seq_len + 1` tokens.
+    """
+    _check_positive("seq_len", seq_len)
+    length, needed = len(corpus.tokens), 20 * (seq_len + 1)
+    if length < needed:
+        raise ValueError(
+            f"corpus {corpus.name!r} ({corpus.origin}) is too short: {length:,} bytes, and seq_len={seq_len} "
+            f"needs {needed:,}, for 5% to validate and 5% to test to hold a window each"
+        )
+    first, second = length * 90 // 100, length * 95 // 100
+    return Splits(corpus.tokens[:first], corpus.tokens[first:second], corpus.tokens[second:])
+
+
+def train_batch(tokens: np.ndarray, *, seq_len: int, seed: int, step: int, rows: range) -> torch.Tensor:
+    """Training sequences of one optimizer step: `(b, seq_len + 1)` int64, windows at random positions.
+
+    A row is a function of `(seed, step, row)` alone: its position is draw number `row` of a counter-based
+    generator (Philox; Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with the key
+    `(seed, step)`. Neither what was read before, nor how many processes and workers read, nor how a step is
+    cut into accumulation slices changes it. So a stopped run resumes with the same data from its step number;
+    no state is saved.
+
+    Args:
+        tokens: `(length,)` the training split.
+        seq_len: n, so that a window holds n + 1 tokens.
+        seed: 0 to 2**64 - 1.
+        step: of the optimizer, from 0.
+        rows: the numbers, within the step, of the rows wanted. With `b` rows per accumulation slice over all
+            processes, rank r of w takes of slice s `range(s * b + r * (b // w), s * b + (r + 1) * (b // w))`.
+
+    Raises:
+        ValueError: an argument is out of its range, or `tokens` are too few for one window.
+    """
+    windows = _windows(tokens, seq_len)
+    for name, value in (("seed", seed), ("step", step)):
+        if not 0 <= value < 2**64:
+            raise ValueError(f"{name}={value}: expected 0 to 2**64 - 1")
+    if not rows or min(rows) < 0:
+        raise ValueError(f"rows={rows}: expected at least one row, from 0")
+    # Raw draws, because numpy may change its distributions from version to version. The remainder's bias
+    # towards early positions is below 1e-7 for any corpus under a terabyte.
+    draws = np.random.Philox(key=np.array([seed, step], dtype=np.uint64)).random_raw(max(rows) + 1)
+    return _to_tensor(windows[draws[np.asarray(rows)] % np.uint64(len(windows))])
+
+
+def eval_windows(tokens: np.ndarray, *, seq_len: int, max_windows: int | None = None) -> np.ndarray:
+    """Fixed windows of a split to score a model on: `(windows, seq_len + 1)`, a view that takes no memory.
+
+    As many as fit but at most `max_windows`, evenly spread. No byte is a label twice: neighbours share at
+    most the byte that is the last label of one and the first input of the other.
+
+    Raises:
+        ValueError: `tokens` are too few for one window, or `max_windows` is not positive.
+    """
+    windows = _windows(tokens, seq_len)
+    if max_windows is None:
+        return windows[::seq_len]
+    _check_positive("max_windows", max_windows)
+    return windows[:: max(seq_len, len(windows) // max_windows)][:max_windows]
+
+
+def batches(windows: np.ndarray, batch_size: int) -> Iterator[torch.Tensor]:
+    """Windows in order, as int64 tensors `(batch_size, seq_len + 1)`; the last may have fewer rows.
+
+    Rank r of w processes takes `batches(windows[r::w], batch_size)`.
+    """
+    _check_positive("batch_size", batch_size)
+    return (_to_tensor(windows[start : start + batch_size]) for start in range(0, len(windows), batch_size))
+
+
+def encode_bytes(text: str | bytes) -> torch.Tensor:
+    """The tokens `(n,)` int64 of a text: its bytes, in UTF-8.
+
+    Bytes that are not UTF-8 and reached Python from a command line come through as they were.
+    """
+    encoded = text.encode("utf-8", errors="surrogateescape") if isinstance(text, str) else text
+    return _to_tensor(np.frombuffer(encoded, dtype=np.uint8))
+
+
+def decode_bytes(tokens: torch.Tensor | np.ndarray) -> str:
+    """The text of tokens `(n,)`, for display: what is not valid UTF-8 becomes U+FFFD.
+
+    Raises:
+        ValueError: a token is not a byte, 0 to 255.
+    """
+    return bytes(tokens.tolist()).decode("utf-8", errors="replace")
+
+
+def _windows(tokens: np.ndarray, seq_len: int) -> np.ndarray:
+    """Every window of `seq_len + 1` tokens, as a view: `(len(tokens) - seq_len, seq_len + 1)`."""
+    _check_positive("seq_len", seq_len)
+    if len(tokens) <= seq_len:
+        raise ValueError(f"tokens: {len(tokens)} of them, expected at least seq_len + 1 = {seq_len + 1}")
+    return sliding_window_view(tokens, seq_len + 1)
+
+
+def _to_tensor(windows: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(windows.astype(np.int64))
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name}={value}: expected at least 1")

@@ -1,0 +1,643 @@
+"""Every backend against the definition in float64: outputs and all gradients, at awkward shapes.
+
+Shapes: b batch; h query heads; g key/value heads; i, j query and key length; d head dim.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from definitions import alibi_bias, error, plain_attention, t5_bias
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from palm_pytorch.ops import AlibiBias, RelativeBias, attention
+from palm_pytorch.ops.attention import BACKENDS
+
+blockwise_module = importlib.import_module("palm_pytorch.ops.attention.blockwise")
+
+backends = pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+
+#        b, h, g, i, j, d
+SIZES = [
+    (1, 3, 3, 1, 1, 16),
+    (2, 3, 1, 17, 17, 80),
+    (1, 6, 2, 127, 127, 16),
+    (2, 3, 1, 129, 129, 72),
+    (1, 4, 2, 300, 300, 80),
+    (2, 3, 1, 1, 129, 80),
+    (1, 3, 3, 5, 300, 16),
+    (2, 3, 1, 129, 17, 16),
+    (1, 4, 2, 300, 1, 72),
+]
+# T5's buckets, max distance, scale; tables are normal with std 1, as some trained models' are.
+T5 = {"t5": (32, 128, 1.0), "t5-scaled": (32, 128, 8.0), "t5-other": (10, 50, -0.7), "t5-two": (2, 3, 1.5)}
+BIASES = [None, "alibi", *T5]
+MASKS = [None, "keys", "keys-far", "documents", "unsorted-documents", "keys+documents"]
+
+
+@dataclass(frozen=True)
+class Case:
+    size: tuple[int, int, int, int, int, int]
+    causal: bool = True
+    bias: str | None = None
+    mask: str | None = None
+    scale: float | None = None
+
+    def __str__(self) -> str:
+        shape = "b{}h{}g{}i{}j{}d{}".format(*self.size)
+        parts = (shape, "causal" if self.causal else "full", self.bias, self.mask, self.scale)
+        return "-".join(str(part) for part in parts if part is not None)
+
+
+def cases(sizes: list[Any], biases: list[Any], masks: list[Any]) -> list[Case]:
+    every = [Case(s, c, b, m) for s in sizes for c in (True, False) for b in biases for m in masks]
+    return [case for case in every if case.size[3] == case.size[4] or "documents" not in str(case.mask)]
+
+
+def projected(batch: int, length: int, heads: list[int], d: int) -> list[Tensor]:
+    """(batch, heads, length, d) each, float64: slices of one projection, as in a model."""
+    fused = torch.randn(batch, length, sum(heads) * d, dtype=torch.float64)
+    return [t.unflatten(-1, (-1, d)).transpose(1, 2) for t in fused.split([n * d for n in heads], dim=-1)]
+
+
+@dataclass
+class Problem:
+    """The tensors of a case, in the dtype given, on the device given."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    slopes: Tensor | None
+    table: Tensor | None
+    grad: Tensor
+    options: dict[str, Any]
+
+    @staticmethod
+    def of(case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Problem:
+        torch.manual_seed(1)
+        b, h, g, i, j, d = case.size
+        (q, grad), (k, v) = projected(b, i, [h, h], d), projected(b, j, [g, g], d)
+        slopes = 2.0 ** -torch.arange(1, h + 1) if case.bias == "alibi" else None
+        buckets = T5.get(case.bias or "", (32, 0, 0))[0]
+        table = torch.randn(buckets, h, dtype=torch.float64)
+        options: dict[str, Any] = {"causal": case.causal, "scale": case.scale}
+        if "keys" in str(case.mask):
+            key_mask = torch.rand(b, j) > 0.3
+            key_mask[-1] = False  # the whole of the last row
+            options["key_mask"] = key_mask
+        if case.mask == "keys-far":  # no key close to the last queries, where biases are small
+            options["key_mask"] = torch.arange(j).expand(b, j) < max(1, j - 60)
+        if "documents" in str(case.mask):
+            ids = torch.randint(-1, 4, (b, j))
+            options["document_ids"] = ids if case.mask == "unsorted-documents" else ids.sort(dim=-1).values
+        on_device = {n: t.to(device) if isinstance(t, Tensor) else t for n, t in options.items()}
+        q, k, v, grad, table = (t.to(device, dtype) for t in (q, k, v, grad, table))
+        for leaf in (q, k, v, table):
+            leaf.requires_grad_()
+        return Problem(q, k, v, slopes, table if case.bias in T5 else None, grad, on_device)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [t for t in (self.q, self.k, self.v, self.table) if t is not None]
+
+    def bias(self, case: Case) -> AlibiBias | RelativeBias | None:
+        if self.slopes is not None:
+            return AlibiBias(self.slopes.to(self.q.device))
+        return None if self.table is None else RelativeBias(self.table, *T5[str(case.bias)][1:])
+
+    def solve(self, case: Case, backend: str, **more: Any) -> dict[str, Tensor]:
+        out = attention(self.q, self.k, self.v, bias=self.bias(case), backend=backend, **self.options, **more)
+        return self.named(out)
+
+    def named(self, out: Tensor) -> dict[str, Tensor]:
+        grads = torch.autograd.grad(out, self.leaves, self.grad)
+        return {"out": out.detach(), **dict(zip(("dq", "dk", "dv", "dtable"), grads, strict=False))}
+
+
+@cache
+def exact(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The definition in float64, on inputs as they are after rounding to dtype."""
+    problem = Problem.of(case, dtype)
+    problem.q, problem.k, problem.v, problem.grad = (
+        t.detach().double().requires_grad_() for t in (problem.q, problem.k, problem.v, problem.grad)
+    )
+    bias, (i, j) = None, case.size[3:5]
+    if problem.slopes is not None:
+        bias = alibi_bias(problem.slopes.double(), i, j)
+    elif problem.table is not None:
+        problem.table = problem.table.detach().double().requires_grad_()
+        bias = t5_bias(problem.table, *T5[str(case.bias)][1:], i, j)
+    return problem.named(plain_attention(problem.q, problem.k, problem.v, bias=bias, **problem.options))
+
+
+@cache
+def errors(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> dict[str, float]:
+    found = Problem.of(case, dtype, device).solve(case, backend)
+    for name, value in found.items():
+        assert value.dtype == dtype, name
+        assert value.isfinite().all(), name
+    return {name: error(value.cpu(), exact(case, dtype)[name]) for name, value in found.items()}
+
+
+# The definition itself, by hand
+
+
+def test_definition_on_paper() -> None:
+    """Two queries, two keys; the second query weighs its keys by exp(1) : exp(0)."""
+    q, k = torch.tensor([[[[5.0], [1.0]]]]), torch.tensor([[[[1.0], [0.0]]]])
+    v = torch.tensor([[[[10.0], [20.0]]]])
+    share = 2.718281828 / 3.718281828
+    expected = torch.tensor([[[[10.0], [10 * share + 20 * (1 - share)]]]])
+    torch.testing.assert_close(plain_attention(q, k, v), expected)
+    for backend in BACKENDS:
+        torch.testing.assert_close(attention(q, k, v, backend=backend), expected)
+
+
+# Outputs and gradients
+
+
+@backends
+@pytest.mark.parametrize("case", cases(SIZES, BIASES, MASKS), ids=str)
+def test_float32_agrees_with_the_definition(case: Case, backend: str) -> None:
+    found = errors(case, torch.float32, backend)
+    assert max(found.values()) <= 2e-5, found
+
+
+HALF_CASES = cases(SIZES, BIASES, [None, "keys", "documents"]) + [
+    Case((1, 3, 1, 129, 129, 80), bias=bias, mask="keys-far") for bias in ("alibi", "t5-scaled")
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("case", HALF_CASES, ids=str)
+def test_half_precision_errs_at_most_twice_as_much_as_the_reference(
+    case: Case, backend: str, dtype: torch.dtype
+) -> None:
+    found, allowed = errors(case, dtype, backend), errors(case, dtype, "reference")
+    rounding = torch.finfo(dtype).eps
+    assert all(found[name] <= 2 * allowed[name] + rounding / 8 for name in found), (found, allowed)
+    assert max(allowed.values()) <= 16 * rounding, allowed
+
+
+@backends
+@pytest.mark.parametrize("causal", [True, False])
+def test_grouped_heads_use_neighbouring_queries(backend: str, causal: bool) -> None:
+    """Query heads 0 and 1 read key/value head 0, heads 2 and 3 read head 1."""
+    q, k = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8)
+    v = torch.stack([torch.full((3, 8), 1.0), torch.full((3, 8), 2.0)])[None]
+    out = attention(q, k, v, causal=causal, backend=backend)
+    assert out[0, :, :, 0].tolist() == [[1.0] * 3, [1.0] * 3, [2.0] * 3, [2.0] * 3]
+
+
+@backends
+@pytest.mark.parametrize("scale", [1.0, 0.01, -0.3, 0.0])
+@pytest.mark.parametrize("bias", [None, "alibi", "t5"])
+def test_scale(backend: str, scale: float, bias: str | None) -> None:
+    found = errors(Case((2, 3, 1, 17, 17, 16), bias=bias, scale=scale), torch.float32, backend)
+    assert max(found.values()) <= 2e-5, found
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_alibi_under_a_small_scale(backend: str, dtype: torch.dtype) -> None:
+    """With scale 1 / d, ALiBi's part of the scores is large beside q k^T before scaling."""
+    case = Case((1, 1, 1, 1000, 1000, 128), bias="alibi", scale=1 / 128)
+    found, allowed = errors(case, dtype, backend), errors(case, dtype, "reference")
+    assert all(found[name] <= 2 * allowed[name] + 1e-4 for name in found), (found, allowed)
+
+
+@backends
+def test_contiguous_inputs_and_an_expanded_gradient(backend: str) -> None:
+    """`out.sum().backward()` hands the backward pass a tensor without strides."""
+    case = Case((2, 4, 2, 33, 33, 16), bias="t5")
+    problem, definition = Problem.of(case), Problem.of(case)
+    for p in (problem, definition):
+        p.grad = torch.ones((), dtype=torch.float64).expand(p.grad.shape)
+    problem.q, problem.k, problem.v = (
+        t.detach().contiguous().requires_grad_() for t in (problem.q, problem.k, problem.v)
+    )
+    bias = t5_bias(definition.table, 128, 1.0, 33, 33)
+    wanted = definition.named(plain_attention(definition.q, definition.k, definition.v, bias=bias))
+    for name, value in problem.solve(case, backend).items():
+        assert error(value, wanted[name]) <= 1e-11, name
+
+
+@backends
+@pytest.mark.parametrize("kind", ["requires grad", "constant"])
+def test_key_and_value_may_be_one_tensor(backend: str, kind: str) -> None:
+    """PaLM-lite's; the gradient of both roles adds up. Queries alone may need a gradient, too."""
+    q, kv = projected(2, 17, [3, 1], 16)
+    q.requires_grad_()
+    kv.requires_grad_(kind == "requires grad")
+    leaves = [t for t in (q, kv) if t.requires_grad]
+    found = torch.autograd.grad(attention(q, kv, kv, backend=backend).square().sum(), leaves)
+    wanted = torch.autograd.grad(plain_attention(q, kv, kv).square().sum(), leaves)
+    assert all(error(a, b) <= 1e-12 for a, b in zip(found, wanted, strict=True))
+
+
+# Rows that see nothing
+
+
+@backends
+@pytest.mark.parametrize("bias", [None, "alibi", "t5"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_query_without_keys_gives_zeros_and_takes_no_gradient(
+    backend: str, bias: str | None, causal: bool
+) -> None:
+    case = Case((2, 3, 1, 19, 7, 16), causal, bias)
+    problem = Problem.of(case, torch.float32)
+    problem.options["key_mask"] = torch.tensor([[False] * 2 + [True] * 5, [False] * 7])
+    found = problem.solve(case, backend)
+    blind = torch.zeros(2, 19, dtype=torch.bool)
+    blind[0, : 12 + 2 if causal else 0] = True  # query 12 is the first to see key 0, query 14 to see key 2
+    blind[1] = True
+    for name in ("out", "dq"):
+        rows = found[name].transpose(1, 2)
+        assert (rows[blind] == 0).all(), name
+        assert (rows[~blind] != 0).any(dim=-1).any(dim=-1).sum() >= (~blind).sum() - 1, name  # a lone key has dq 0
+    for name in ("dk", "dv"):
+        assert (found[name][0, :, :2] == 0).all() and (found[name][1] == 0).all(), name
+        assert found[name][0, :, 2:].isfinite().all()
+
+
+@backends
+def test_masked_keys_change_nothing(backend: str) -> None:
+    case = Case((2, 3, 1, 33, 33, 16), bias="t5", mask="keys")
+    before = Problem.of(case, torch.float32)
+    after = Problem.of(case, torch.float32)
+    hidden = ~before.options["key_mask"]
+    with torch.no_grad():
+        for tensor in (after.k, after.v):
+            tensor.transpose(1, 2)[hidden] = 1e4
+    found, wanted = after.solve(case, backend), before.solve(case, backend)
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-6, atol=1e-6)
+
+
+# Long sequences
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_alibi_is_exact_at_131072_keys(backend: str, dtype: torch.dtype) -> None:
+    case = Case((1, 3, 1, 4, 131_072, 16), bias="alibi")
+    found = errors(case, dtype, backend)
+    allowed = dict.fromkeys(found, 2e-5)
+    if dtype != torch.float32:
+        allowed = {name: 2 * e for name, e in errors(case, dtype, "reference").items()}
+    assert all(found[name] <= allowed[name] for name in found), (found, allowed)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the most elements that any tensor has that is made under it."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, tuple | list) else [result]:
+            # What is expanded takes no memory: as many elements as lie between its first and its last.
+            if isinstance(t, Tensor) and t.numel():
+                span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+                self.numel = max(self.numel, min(span, t.numel()))
+        return result
+
+
+@pytest.mark.parametrize("bias", [None, "alibi", "t5"])
+@pytest.mark.parametrize("mask", [None, "keys+documents"])
+def test_blockwise_memory_does_not_grow_with_the_square(
+    monkeypatch: pytest.MonkeyPatch, bias: str | None, mask: str | None
+) -> None:
+    monkeypatch.setitem(blockwise_module.MAX_SCORES, "cpu", 1 << 14)
+    n = 1000
+    case = Case((1, 3, 1, n, n, 16), bias=bias, mask=mask)
+    problem = Problem.of(case, torch.float32)
+    with LargestTensor() as largest:
+        problem.solve(case, "blockwise")
+    assert largest.numel <= n * n / 4
+
+
+@pytest.mark.parametrize("i", [1, 64])
+def test_far_reaching_relative_bias_costs_no_more_than_the_keys_there_are(i: int) -> None:
+    """T5's `max_distance` may lie far beyond the sequence."""
+    q, k, v = torch.randn(2, 4, i, 8), torch.randn(2, 1, 64, 8), torch.randn(2, 1, 64, 8)
+    bias = RelativeBias(torch.randn(32, 4, requires_grad=True), max_distance=100_000)
+    with LargestTensor() as largest:
+        attention(q, k, v, bias=bias, backend="blockwise").sum().backward()
+    assert largest.numel <= 2 * 4 * 128 * 300 * 4
+
+
+# Blocks
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of three queries, one key/value head at a time."""
+    monkeypatch.setattr(blockwise_module, "MAX_ROWS", 3)
+    monkeypatch.setitem(blockwise_module.MAX_SCORES, "cpu", 1)
+    torch_backends = importlib.import_module("palm_pytorch.ops.attention.torch_backends")
+    monkeypatch.setattr(torch_backends, "ALIBI_QUERIES", 3)
+
+
+SMALL_SIZES = [(2, 3, 1, 17, 17, 16), (2, 4, 2, 7, 30, 8), (2, 4, 4, 30, 7, 8), (3, 2, 2, 3, 3, 8)]
+
+
+@pytest.mark.parametrize("backend", ["blockwise", "sdpa"])
+@pytest.mark.parametrize("case", cases(SMALL_SIZES, BIASES, MASKS), ids=str)
+def test_many_small_blocks_agree_with_the_definition(case: Case, backend: str, small_blocks: None) -> None:
+    for name, value in Problem.of(case).solve(case, backend).items():
+        assert error(value, exact(case, torch.float64)[name]) <= 1e-12, name
+
+
+@pytest.mark.parametrize("bias", [None, "alibi", "t5-scaled"])
+def test_half_precision_gradients_survive_many_blocks(bias: str | None, small_blocks: None) -> None:
+    """Sums over blocks in bfloat16 would stop growing after some hundred."""
+    case = Case((1, 3, 1, 600, 600, 16), bias=bias)
+    problem = Problem.of(case, torch.bfloat16)
+    problem.grad = torch.ones_like(problem.grad)
+    plain = Problem.of(case, torch.bfloat16)
+    plain.grad = problem.grad
+    wide = Problem.of(case, torch.bfloat16)
+    wide.q, wide.k, wide.v, wide.grad = (
+        t.detach().double().requires_grad_() for t in (wide.q, wide.k, wide.v, problem.grad)
+    )
+    if wide.table is not None:
+        wide.table = wide.table.detach().double().requires_grad_()
+    truth, reference = wide.solve(case, "reference"), plain.solve(case, "reference")
+    for name, value in problem.solve(case, "blockwise").items():
+        assert error(value, truth[name]) <= 2 * error(reference[name], truth[name]) + 1e-3, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", cases([(2, 4, 2, 5, 5, 3), (1, 2, 1, 3, 6, 3)], BIASES[:3], MASKS[:2]), ids=str)
+def test_gradcheck(case: Case, backend: str) -> None:
+    problem = Problem.of(case)
+    if problem.table is None:
+        bias, inputs = problem.bias(case), problem.leaves
+    else:
+        bias, inputs = None, [*problem.leaves[:3], problem.table]
+
+    def call(q: Tensor, k: Tensor, v: Tensor, *table: Tensor) -> Tensor:
+        learned = RelativeBias(table[0], *T5["t5"][1:]) if table else bias
+        return attention(q, k, v, bias=learned, backend=backend, **problem.options)
+
+    torch.autograd.gradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "blockwise"])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    b=st.integers(1, 3),
+    g=st.integers(1, 3),
+    repeats=st.integers(1, 3),
+    i=st.integers(1, 40),
+    j=st.integers(1, 40),
+    d=st.integers(1, 20),
+    causal=st.booleans(),
+    bias=st.sampled_from(BIASES),
+    mask=st.sampled_from(MASKS),
+)
+def test_any_shape_and_option(
+    small_blocks: None, backend: str, b: int, g: int, repeats: int, i: int, j: int, d: int, **options: Any
+) -> None:
+    if "documents" in str(options["mask"]):
+        i = j
+    case = Case((b, g * repeats, g, i, j, d), **options)
+    for name, value in Problem.of(case).solve(case, backend).items():
+        assert error(value, exact(case, torch.float64)[name]) <= 1e-11, name
+
+
+# Dropout
+
+
+def weights_after_dropout(backend: str, n: int, p: float, **options: Any) -> tuple[Tensor, Tensor]:
+    """The weights with and without dropout, (b, h, n, n): what attention makes of one-hot values."""
+    q, k = torch.randn(2, 4, n, n), torch.randn(2, 2, n, n)
+    v = torch.eye(n).expand(2, 2, n, n)
+    dropped = attention(q, k, v, causal=False, dropout_p=p, backend=backend, **options)
+    return dropped, attention(q, k, v, causal=False, backend=backend, **options)
+
+
+@backends
+@pytest.mark.parametrize("p", [0.1, 0.75])
+def test_dropout_scales_what_it_keeps(backend: str, p: float, small_blocks: None) -> None:
+    dropped, weights = weights_after_dropout(backend, 64, p)
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], weights[kept] / (1 - p), rtol=1e-4, atol=1e-6)
+    # 32,768 weights: four standard deviations.
+    assert abs((~kept).float().mean().item() - p) <= 4 * (p * (1 - p) / kept.numel()) ** 0.5
+
+
+@backends
+def test_dropout_draws_every_position_by_itself(backend: str, small_blocks: None) -> None:
+    kept = weights_after_dropout(backend, 64, 0.5)[0] != 0
+    rows = kept.flatten(0, 2).float()
+    assert len(rows.unique(dim=0)) == len(rows)
+    # Correlation between any two of the 512 rows: standard deviation 1/8.
+    assert torch.corrcoef(rows).fill_diagonal_(0).abs().max() <= 6 / 8
+
+
+@backends
+def test_dropout_drops_the_same_weights_backward(backend: str, small_blocks: None) -> None:
+    """The output is linear in v, so the gradient of v is the transpose of the weights that were used."""
+    n = 16
+    q, k = torch.randn(1, 3, n, n), torch.randn(1, 1, n, n)
+    v = torch.eye(n).expand(1, 1, n, n).clone().requires_grad_()
+    weights = attention(q, k, v, dropout_p=0.4, backend=backend)
+    grad = torch.randn_like(weights)
+    (dv,) = torch.autograd.grad(weights, v, grad)
+    torch.testing.assert_close(dv, torch.einsum("bhij,bhid->bjd", weights, grad)[:, None])
+
+
+@backends
+@pytest.mark.parametrize("bias", ["alibi", "t5"])
+def test_gradcheck_with_dropout(backend: str, bias: str, small_blocks: None) -> None:
+    case = Case((1, 2, 1, 7, 7, 3), bias=bias)
+    problem = Problem.of(case)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, *table: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        learned = RelativeBias(table[0], *T5["t5"][1:]) if table else problem.bias(case)
+        return attention(q, k, v, bias=learned, dropout_p=0.3, backend=backend)
+
+    torch.autograd.gradcheck(call, problem.leaves)
+
+
+@backends
+def test_dropout_follows_the_seed(backend: str) -> None:
+    q, kv = torch.randn(1, 2, 9, 8), torch.randn(1, 1, 9, 8)
+
+    def call(seed: int, p: float) -> Tensor:
+        torch.manual_seed(seed)
+        return attention(q, kv, kv, dropout_p=p, backend=backend)
+
+    assert torch.equal(call(0, 0.5), call(0, 0.5))
+    assert not torch.equal(call(0, 0.5), call(1, 0.5))
+    assert torch.equal(call(0, 0.0), attention(q, kv, kv, backend=backend))
+
+
+# Precision and device
+
+
+@backends
+def test_autocast_computes_in_its_dtype(backend: str) -> None:
+    case = Case((2, 3, 1, 33, 33, 16), bias="t5")
+    wide, rounded = Problem.of(case, torch.float32), Problem.of(case, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention(wide.q, wide.k, wide.v, bias=wide.bias(case), backend=backend)
+    assert found.dtype == torch.bfloat16
+    q, k, v = (t.bfloat16() for t in (rounded.q, rounded.k, rounded.v))
+    wanted = attention(q, k, v, bias=rounded.bias(case), backend=backend)
+    torch.testing.assert_close(found, wanted)
+    found.backward(wide.grad.bfloat16())
+    wanted.backward(wide.grad.bfloat16())
+    for name in ("q", "k", "v", "table"):
+        a, b = getattr(wide, name).grad, getattr(rounded, name).grad
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, msg=name)
+
+
+@backends
+def test_backward_inside_autocast(backend: str) -> None:
+    """Forward outside autocast and backward inside, as in a loop that wraps everything around `backward()`."""
+    case = Case((2, 3, 1, 33, 33, 16), bias="t5")
+    problem = Problem.of(case, torch.float32)
+    out = attention(problem.q, problem.k, problem.v, bias=problem.bias(case), backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = problem.named(out)
+    for name, value in found.items():
+        assert value.dtype == torch.float32
+        assert error(value, exact(case, torch.float32)[name]) <= 2e-2, name
+
+
+@backends
+@pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bias_of_another_dtype(backend: str, dtype: torch.dtype, table_dtype: torch.dtype) -> None:
+    q, kv = torch.randn(1, 3, 9, 16, dtype=dtype), torch.randn(1, 1, 9, 16, dtype=dtype)
+    table = torch.randn(32, 3, dtype=table_dtype, requires_grad=True)
+    for bias in (RelativeBias(table), AlibiBias(torch.tensor([0.5, 0.25, 0.125], dtype=table_dtype))):
+        for causal in (True, False):
+            out = attention(q, kv, kv, bias=bias, causal=causal, backend=backend)
+            assert out.dtype == dtype
+            values = t5_bias(table.double(), 128, 1.0, 9, 9)
+            if isinstance(bias, AlibiBias):
+                values = alibi_bias(bias.slopes.double(), 9, 9)
+            wanted = plain_attention(q.double(), kv.double(), kv.double(), bias=values, causal=causal)
+            assert error(out, wanted) <= (2e-5 if dtype == torch.float32 else 2e-2)
+    attention(q, kv, kv, bias=RelativeBias(table), backend=backend).sum().backward()
+    assert table.grad is not None and table.grad.dtype == table_dtype
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("case", cases(SIZES[1:6], ["alibi", "t5"], [None, "keys"]), ids=str)
+def test_on_a_gpu(case: Case, backend: str) -> None:
+    found = errors(case, torch.float32, backend, "cuda")
+    assert max(found.values()) <= 2e-5, found
+    found, allowed = (errors(case, torch.bfloat16, name, "cuda") for name in (backend, "reference"))
+    assert all(found[name] <= 2 * allowed[name] + 1e-3 for name in found), (found, allowed)
+
+
+# Bad input
+
+
+def q_k_v(**changes: Any) -> dict[str, Any]:
+    """A call that is right but for the changes."""
+    kv = torch.randn(2, 2, 5, 8)
+    return {"q": torch.randn(2, 4, 5, 8), "k": kv, "v": kv, **changes}
+
+
+MASK = torch.ones(2, 5, dtype=torch.bool)
+IDS = torch.zeros(2, 5, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "said"),
+    [
+        ({"q": None}, TypeError, "q"),
+        ({"k": [1.0]}, TypeError, "k"),
+        ({"v": None}, TypeError, "v"),
+        ({"q": torch.randn(4, 5, 8)}, ValueError, r"q.*\(4, 5, 8\)"),
+        ({"k": torch.randn(2, 5, 8), "v": torch.randn(2, 5, 8)}, ValueError, r"k.*\(2, 5, 8\)"),
+        ({"v": torch.randn(2, 2, 6, 8)}, ValueError, r"v: .*\(2, 2, 6, 8\)"),
+        ({"q": torch.randn(3, 4, 5, 8)}, ValueError, r"k: .*batch 3"),
+        ({"q": torch.randn(2, 4, 5, 16)}, ValueError, r"k: .*dim_head 16"),
+        ({"q": torch.randn(2, 3, 5, 8)}, ValueError, "k: .*divides the 3"),
+        ({"q": torch.randn(2, 1, 5, 8)}, ValueError, "k: .*divides the 1"),
+        ({"q": torch.randn(2, 4, 0, 8)}, ValueError, "q"),
+        ({"k": torch.randn(2, 2, 0, 8), "v": torch.randn(2, 2, 0, 8)}, ValueError, "k"),
+        ({"q": torch.ones(2, 4, 5, 8, dtype=torch.long)}, TypeError, "q: .*int64"),
+        ({"q": torch.ones(2, 4, 5, 8, dtype=torch.complex64)}, TypeError, "q: .*complex64"),
+        ({"k": torch.randn(2, 2, 5, 8).double()}, TypeError, "k: .*float64"),
+        ({"v": torch.randn(2, 2, 5, 8).bfloat16()}, TypeError, "v: .*bfloat16"),
+        ({"v": torch.randn(2, 2, 5, 8, device="meta")}, ValueError, "v: .*meta"),
+        ({"bias": torch.zeros(4, 5, 5)}, TypeError, "bias: .*Tensor"),
+        ({"bias": AlibiBias(torch.ones(3))}, ValueError, "bias: .*4 heads, got 3"),
+        ({"bias": RelativeBias(torch.ones(32, 2))}, ValueError, "bias: .*4 heads, got 2"),
+        ({"bias": AlibiBias(torch.ones(4, device="meta"))}, ValueError, "bias: .*meta"),
+        ({"key_mask": MASK.float()}, TypeError, "key_mask: .*float32"),
+        ({"key_mask": [True] * 5}, TypeError, "key_mask: "),
+        ({"key_mask": MASK[:, :4]}, ValueError, r"key_mask: .*\(2, 4\)"),
+        ({"key_mask": MASK[:1]}, ValueError, r"key_mask: .*\(1, 5\)"),
+        ({"key_mask": MASK.to("meta")}, ValueError, "key_mask: .*meta"),
+        ({"document_ids": IDS.float()}, TypeError, "document_ids: .*float32"),
+        ({"document_ids": MASK}, TypeError, "document_ids: .*bool"),
+        ({"document_ids": 3}, TypeError, "document_ids: "),
+        ({"document_ids": IDS[:, 1:]}, ValueError, r"document_ids: .*\(2, 4\)"),
+        ({"document_ids": IDS, "q": torch.randn(2, 4, 3, 8)}, ValueError, "document_ids: .*3 queries and 5 keys"),
+        ({"document_ids": IDS.to("meta")}, ValueError, "document_ids: .*meta"),
+        ({"dropout_p": -0.1}, ValueError, "dropout_p: .*-0.1"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p: .*1.0"),
+        ({"dropout_p": float("nan")}, ValueError, "dropout_p: .*nan"),
+        ({"dropout_p": "0.1"}, TypeError, "dropout_p: "),
+        ({"scale": "large"}, TypeError, "scale: "),
+        ({"scale": float("nan")}, ValueError, "scale: .*nan"),
+        ({"scale": float("inf")}, ValueError, "scale: .*inf"),
+        ({"backend": "cudnn"}, ValueError, "backend: .*'cudnn'"),
+        ({"backend": None}, (TypeError, ValueError), "backend: "),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_by_name(changes: dict[str, Any], kind: type[Exception], said: str) -> None:
+    with pytest.raises(kind, match=rf"(^|\W){said}"):
+        attention(**q_k_v(**changes))
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "said"),
+    [
+        (lambda: AlibiBias([0.5, 0.25]), TypeError, "slopes: "),
+        (lambda: AlibiBias(torch.ones(2, 2)), ValueError, r"slopes: .*\(2, 2\)"),
+        (lambda: AlibiBias(torch.ones(2, dtype=torch.long)), TypeError, "slopes: .*int64"),
+        (lambda: AlibiBias(torch.ones(2, requires_grad=True)), ValueError, "slopes: "),
+        (lambda: RelativeBias([[0.5]]), TypeError, "table: "),
+        (lambda: RelativeBias(torch.ones(32)), ValueError, r"table: .*\(32,\)"),
+        (lambda: RelativeBias(torch.ones(32, 2, dtype=torch.long)), TypeError, "table: .*int64"),
+        (lambda: RelativeBias(torch.ones(31, 2)), ValueError, "31"),
+        (lambda: RelativeBias(torch.ones(0, 2)), ValueError, "0"),
+        (lambda: RelativeBias(torch.ones(32, 2), max_distance=16), ValueError, "max_distance: .*16"),
+        (lambda: RelativeBias(torch.ones(32, 2), max_distance="far"), TypeError, "max_distance: "),
+    ],
+)
+def test_bad_bias_is_refused_by_name(make: Any, kind: type[Exception], said: str) -> None:
+    with pytest.raises(kind, match=said):
+        make()
+
+
+def test_a_call_leaves_its_inputs_alone() -> None:
+    case = Case((2, 3, 1, 33, 33, 16), bias="t5", mask="keys+documents")
+    for backend in BACKENDS:
+        problem, untouched = Problem.of(case, torch.float32), Problem.of(case, torch.float32)
+        problem.solve(replace(case), backend)
+        for name in ("q", "k", "v", "table", "grad"):
+            assert torch.equal(getattr(problem, name), getattr(untouched, name)), (backend, name)

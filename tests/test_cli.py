@@ -1,0 +1,149 @@
+"""Flags come from dataclasses, errors are one line, and `train.py` is `palm train`."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+import palm_pytorch
+from palm_pytorch import cli
+from palm_pytorch.cli import add_options, main
+from palm_pytorch.training.config import TrainConfig, option
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(kw_only=True)
+class Options:
+    split: Literal["valid", "test"] = option("what", "which split", default="test")
+    stride: int = option("what", "tokens between windows", cpu=64, gpu=8)
+    context: int | None = option("what", "tokens before (default: all)")
+    rate: float = option("how", "a rate", default=0.5)
+    fast: bool = option("how", "whether to hurry", default=False)
+    out: str | None = option("how", "a folder", default=None, bare="here")
+
+
+@pytest.fixture
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser("test", allow_abbrev=False)
+    add_options(made, Options)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("flags", "given"),
+    [
+        ("", {}),
+        ("--stride 3 --rate 1e-3", {"stride": 3, "rate": 0.001}),
+        ("--context 7 --split valid", {"context": 7, "split": "valid"}),
+        ("--fast", {"fast": True}),
+        ("--no-fast", {"fast": False}),
+        ("--out", {"out": "here"}),
+        ("--out there", {"out": "there"}),
+    ],
+)
+def test_flags_have_the_types_of_the_fields(
+    flags: str, given: dict[str, Any], parser: argparse.ArgumentParser
+) -> None:
+    assert vars(parser.parse_args(flags.split())) == given
+
+
+@pytest.mark.parametrize(
+    "flags", ["--stride x", "--stride 1.5", "--split train", "--stri 3", "--rate", "--nonsense"]
+)
+def test_flags_of_another_type_are_refused(
+    flags: str, parser: argparse.ArgumentParser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        parser.parse_args(flags.split())
+    assert exit.value.code == 2 and flags.split()[0] in capsys.readouterr().err
+
+
+def test_help_tells_types_and_defaults(parser: argparse.ArgumentParser) -> None:
+    told = " ".join(parser.format_help().split())
+    for part in (
+        "--split {valid,test} which split (default: test)",
+        "--stride N tokens between windows (default: 64, on a GPU 8)",
+        "--context N tokens before (default: all)",
+        "--rate X a rate (default: 0.5)",
+        "--fast, --no-fast whether to hurry (default: False)",
+        "--out [here|TEXT] a folder",
+    ):
+        assert part in told
+
+
+def test_help_of_train_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--help"])
+    assert exit.value.code == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for spec in fields(TrainConfig):
+        assert f"--{spec.name.replace('_', '-')} " in told
+    assert "(default: 256, on a GPU 512)" in told
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"palm_pytorch {palm_pytorch.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"]])
+def test_a_command_is_needed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2 and "COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--dim 0", "palm: error: dim is 0; expected a finite number above 0\n"),
+        ("--data nowhere.txt", "nowhere.txt"),
+        (
+            "--resume nowhere",
+            "palm: error: resume is 'nowhere', but there is no complete checkpoint in nowhere\n",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    flags: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *flags.split()]) == 2
+    told = capsys.readouterr().err
+    assert says in told and told.startswith("palm: error: ") and told.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_is_given_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(cli, "train_command", lambda **given: seen.update(given) or 0)
+    assert main(["train", "--lr", "1e-3", "--steps", "20_000", "--resume", "--model", "lamda"]) == 0
+    assert seen == {"lr": 0.001, "steps": 20_000, "resume": "auto", "model": "lamda"}
+
+
+def test_ctrl_c_before_training_is_not_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(**given: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "train_command", interrupted)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "palm: stopped\n"
+
+
+def test_train_py_is_palm_train(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), "--seq-len", "-1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "palm: error: seq_len is -1; expected a finite number above 0\n",
+    )

@@ -1,0 +1,173 @@
+"""A run is what its options say; what cannot be run is refused before anything is written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from palm_pytorch import LaMDA, PaLM, PaLMLite, PerceiverAR
+from palm_pytorch.training.checkpoint import save_checkpoint
+from palm_pytorch.training.config import TrainConfig
+from palm_pytorch.training.run import build_model, prepare
+
+SHAPE = {"num_tokens": 256, "dim": 16, "depth": 1, "heads": 2, "dim_head": 8, "ff_mult": 2}
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "arguments"),
+    [
+        ("palm", PaLM, {"attn_dropout": 0.25, "ff_dropout": 0.25}),
+        ("palm-lite", PaLMLite, {"attn_dropout": 0.25, "ff_dropout": 0.25}),
+        ("lamda", LaMDA, {"dropout": 0.25}),
+        (
+            "perceiver-ar",
+            PerceiverAR,
+            {"dropout": 0.25, "max_seq_len": 16, "cross_attn_seq_len": 8, "perceive_depth": 1},
+        ),
+    ],
+)
+def test_the_model_is_what_the_options_say(
+    model: str, kind: type, arguments: dict[str, Any], tiny: dict[str, Any]
+) -> None:
+    built = build_model(TrainConfig.for_machine(**tiny, model=model, dropout=0.25))
+    assert type(built) is kind
+    assert {**built.config, **SHAPE, **arguments} == built.config
+
+
+def test_perceiver_ar_options(tiny: dict[str, Any]) -> None:
+    special = {"cross_attn_seq_len": 5, "perceive_depth": 2, "cross_attn_dropout": 0.5}
+    config = build_model(TrainConfig.for_machine(**tiny, model="perceiver-ar", **special)).config
+    assert {**config, **special} == config
+
+
+def test_a_new_run(tiny: dict[str, Any]) -> None:
+    run = prepare(**tiny)
+    assert (run.state.step, run.state.tokens, run.history, run.precision) == (0, 0, [], torch.float32)
+    assert run.folder == Path(tiny["out"])
+    saved = json.loads((run.folder / "config.json").read_text())
+    assert TrainConfig(**saved) == run.config and {**saved, **tiny} == saved
+    about = str(run)
+    parameters = sum(p.numel() for p in run.state.model.parameters())
+    for part in ("palm", f"{parameters:,} parameters", "text.txt", "train 16,200, valid 900, test 900"):
+        assert part in about
+    for part in ("cpu with 1 threads, float32", "0 of 6", "64 tokens: 1 x 4 sequences of 16", tiny["out"]):
+        assert part in about
+
+
+def test_the_seed_decides_the_weights(tiny: dict[str, Any]) -> None:
+    weights = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run = prepare(**{**tiny, "seed": seed, "out": f"{tiny['out']}-{name}"})
+        weights.append(torch.cat([p.flatten() for p in run.state.model.parameters()]))
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_the_resume_command(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = prepare(**{**tiny, "out": tiny["out"] + " 2"})
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/palm", "train"])
+    assert run.resume_command() == f"palm train --resume '{run.folder}'"
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert run.resume_command() == f"{sys.executable} train.py --resume '{run.folder}'"
+
+
+@pytest.fixture
+def stopped(tiny: dict[str, Any]) -> dict[str, Any]:
+    """Options of a run that is there, with checkpoints of steps 2 and 4."""
+    run = prepare(**tiny, lr=0.125)
+    for step in (2, 4):
+        run.state.step = step
+        save_checkpoint(run.state, run.folder, keep=9)
+    rows = [{"step": step, "split": "train"} for step in range(1, 7)]
+    rows += [{"step": 2, "split": "valid"}, {"step": 4, "split": "test"}]
+    run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tiny
+
+
+def test_a_resumed_run_keeps_the_options_that_are_not_given(stopped: dict[str, Any]) -> None:
+    run = prepare(resume=stopped["out"], steps=9)
+    assert run.state.step == 4
+    assert {**asdict(run.config), "lr": 0.125, "steps": 9, "schedule_steps": 6, "dim": 16} == asdict(
+        run.config
+    )
+    assert [(row["step"], row["split"]) for row in run.history] == [
+        *((step, "train") for step in (1, 2, 3, 4)),
+        (2, "valid"),
+    ]
+    assert prepare(resume="auto", out=stopped["out"]).state.step == 4
+
+
+def test_an_earlier_checkpoint_is_resumed_into_a_new_folder(stopped: dict[str, Any]) -> None:
+    earlier = f"{stopped['out']}/checkpoints/step-00000002"
+    with pytest.raises(ValueError, match="not the newest checkpoint of its run"):
+        prepare(resume=earlier)
+    run = prepare(resume=earlier, out=stopped["out"] + "-branch")
+    assert run.state.step == 2 and max(row["step"] for row in run.history) == 2
+    assert not (run.folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "says"),
+    [
+        (
+            {"dim": 32, "heads": 4},
+            ValueError,
+            "dim is 32, in the checkpoint 16; heads is 4, in the checkpoint 2",
+        ),
+        ({"model": "perceiver-ar"}, ValueError, "model is 'perceiver-ar', in the checkpoint 'palm'"),
+        ({"steps": 3}, ValueError, "steps is 3; expected at least the 4 done already"),
+        ({"lr": -1.0}, ValueError, "lr is -1.0; expected"),
+        ({"data": __file__}, ValueError, r"data is test_run\.py \(.*\); expected the text .* text\.txt"),
+    ],
+)
+def test_what_a_resumed_run_cannot_change(
+    given: dict[str, Any], kind: type[Exception], says: str, stopped: dict[str, Any]
+) -> None:
+    config = (Path(stopped["out"]) / "config.json").read_text()
+    with pytest.raises(kind, match=says):
+        prepare(resume=stopped["out"], **given)
+    assert (Path(stopped["out"]) / "config.json").read_text() == config
+
+
+def test_a_folder_with_a_run_is_not_overwritten(stopped: dict[str, Any], tmp_path: Path) -> None:
+    other = str(tmp_path / "other")
+    prepare(**{**stopped, "out": other})
+    for given in (stopped, {"resume": stopped["out"], "out": other}):
+        with pytest.raises(FileExistsError, match="holds a run already; expected a new folder, or --resume"):
+            prepare(**given)
+
+
+def test_a_run_without_a_checkpoint_yet_is_started_again_by_auto(tiny: dict[str, Any]) -> None:
+    for _ in range(2):
+        assert prepare(**tiny, resume="auto").state.step == 0
+    with pytest.raises(FileExistsError):
+        prepare(**tiny)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "says"),
+    [
+        ({"data": "nowhere.txt"}, FileNotFoundError, r"nowhere\.txt"),
+        ({"seq_len": 1000}, ValueError, r"too short.*seq_len=1000"),
+        ({"dim": -1}, ValueError, "dim is -1"),
+        ({"resume": "nowhere"}, FileNotFoundError, "resume is 'nowhere'"),
+        ({"model": "perceiver-ar", "cross_attn_seq_len": 16}, ValueError, "cross_attn_seq_len is 16"),
+    ],
+)
+def test_what_is_refused_leaves_no_folder(
+    given: dict[str, Any], kind: type[Exception], says: str, tiny: dict[str, Any]
+) -> None:
+    with pytest.raises(kind, match=says):
+        prepare(**{**tiny, **given})
+    assert not Path(tiny["out"]).exists()
+
+
+def test_a_file_in_the_way_is_named(tiny: dict[str, Any]) -> None:
+    Path(tiny["out"]).write_text("not a folder")
+    with pytest.raises(OSError, match="run"):
+        prepare(**tiny)
