@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from palm_pytorch import __version__
 from palm_pytorch.training.config import TrainConfig
+from palm_pytorch.training.loop import train
+from palm_pytorch.training.run import prepare
 
 
 def add_options(parser: argparse.ArgumentParser, options: type) -> None:
@@ -51,9 +53,6 @@ def default_text(spec: Field[Any]) -> str:
 
 def train_command(**given: Any) -> int:
     """Train. The exit status is 0, or 128 plus the number of the signal that stopped the run."""
-    from palm_pytorch.training.loop import train
-    from palm_pytorch.training.run import prepare
-
     try:
         run = prepare(**given)
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
@@ -78,9 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("palm", description="PaLM, PaLM-lite, LaMDA and Perceiver AR.")
     parser.add_argument("--version", action="version", version=f"palm_pytorch {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    train = commands.add_parser("train", help="train a model on text", allow_abbrev=False)
-    train.set_defaults(command=train_command)
-    add_options(train, TrainConfig)
+    trainer = commands.add_parser("train", help="train a model on text", allow_abbrev=False)
+    trainer.set_defaults(command=train_command)
+    add_options(trainer, TrainConfig)
 
     given = vars(parser.parse_args(arguments))
     if isinstance(sys.stdout, io.TextIOWrapper):  # samples are any text, and logs are to be read as they grow

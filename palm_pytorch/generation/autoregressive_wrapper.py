@@ -1,4 +1,4 @@
-"""Training loss and plain sampling around any of the models, with the arguments that older training scripts use.
+"""Training loss and plain sampling for any of the models, with the arguments of older training scripts.
 
 Shapes: b batch; n sequence length; v num_tokens.
 """
@@ -27,10 +27,11 @@ class AutoregressiveWrapper(nn.Module):
         self.net, self.max_seq_len, self.pad_value = net, max_seq_len, pad_value
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, **inputs: Any) -> Tensor:
-        """Mean next-token loss of x (b, n) in nats: every token but the first is predicted from those before it.
+        """Mean loss of x (b, n) in nats, each token but the first predicted from those before it.
 
-        mask: (b, n) bool, False where x is padding, which is then never a target. Without it every token is one, whatever
-        its value. inputs: passed to the net.
+        mask: (b, n) bool, False where x is padding, which is then never a target. Without it every token is
+        one, whatever its value.
+        inputs: passed to the net.
         """
         if x.dim() != 2 or x.shape[1] < 2:
             raise ValueError(f"x: expected shape (batch, length >= 2), got {tuple(x.shape)}")
@@ -53,9 +54,10 @@ class AutoregressiveWrapper(nn.Module):
         filter_thres: float = 0.9,
         **inputs: Any,
     ) -> Tensor:
-        """Draws up to `seq_len` tokens after start_tokens (b, t), one forward pass each; returns the new ones, (b, <= seq_len).
+        """Draws up to `seq_len` tokens after start_tokens (b, t); returns the new ones, (b, <= seq_len).
 
-        eos_token: a row ends with the first one that it draws (those of the prompt do not count) and is filled with
+        eos_token: a row ends with the first one that it draws (those of the prompt do not count) and is
+        then filled with
         `pad_value`; when all rows have ended, generation stops.
         temperature, filter_thres: as in `palm_pytorch.generation.sampling.sample`.
         inputs: passed to the net.
@@ -64,7 +66,8 @@ class AutoregressiveWrapper(nn.Module):
         """
         if start_tokens.dim() != 2 or 0 in start_tokens.shape:
             raise ValueError(
-                f"start_tokens: expected shape (batch, length), neither empty, got {tuple(start_tokens.shape)}"
+                "start_tokens: expected shape (batch, length), neither empty, "
+                f"got {tuple(start_tokens.shape)}"
             )
         if seq_len < 0:
             raise ValueError(f"seq_len: expected at least 0, got {seq_len}")

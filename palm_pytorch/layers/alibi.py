@@ -1,4 +1,4 @@
-"""Slopes of ALiBi (Press et al. 2022, arXiv 2108.12409, section 3 and its authors' rule for other head counts)."""
+"""Slopes of ALiBi (Press et al. 2022, arXiv 2108.12409, section 3, and its authors' code)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from torch import Tensor
 
 
 def alibi_slopes(heads: int, device: torch.device | str | None = None) -> Tensor:
-    """One slope per head, (heads,) float32: `2^(-8 x / heads)` for x = 1..heads where heads is a power of two; else
-    those of the next smaller power of two, followed by every other slope of the next larger one."""
+    """One slope per head, (heads,) float32.
+
+    `2^(-8 x / heads)` for x = 1..heads where heads is a power of two; else the slopes of the next smaller
+    power of two, followed by every other slope of the next larger one.
+    """
     if heads < 1:
         raise ValueError(f"heads: expected at least 1, got {heads}")
     power = 1 << (heads.bit_length() - 1)
     exponents = torch.arange(1, power + 1, device=device) * (8 / power)
-    between = torch.arange(1, 2 * (heads - power), 2, device=device) * (4 / power)
+    between = torch.arange(1, 2 * (heads - power) + 1, 2, device=device) * (4 / power)
     return torch.exp2(-torch.cat([exponents, between]).float())

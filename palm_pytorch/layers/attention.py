@@ -1,6 +1,7 @@
 """Multi-head attention with one shared key/value head, or any number that divides the heads.
 
-Shapes: b batch; n sequence length; i, j query and key length; h heads; g key/value heads; d head dim; c model width.
+Shapes: b batch; n sequence length; i, j query and key length; h heads; g key/value heads; d head dim;
+c model width.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class MultiQueryAttention(nn.Module):
         key_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
     ) -> Tensor:
-        """x (b, i, c) attends to itself, and before itself to `context` (b, j - i, c) if given; returns (b, i, c).
+        """x (b, i, c) attends to itself, and to `context` (b, j - i, c) before it if given; gives (b, i, c).
 
         rotary: tables for the j positions of the keys, of which the queries are the last i.
         bias, key_mask (b, j), document_ids (b, n): as in `palm_pytorch.ops.attention`.

@@ -13,7 +13,7 @@ from palm_pytorch.ops import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm (Zhang & Sennrich 2019, arXiv 1910.07467): `x / sqrt(mean(x^2) + eps) * weight`."""
+    """`x / sqrt(mean(x^2) + eps) * weight` (Zhang & Sennrich 2019, arXiv 1910.07467)."""
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()

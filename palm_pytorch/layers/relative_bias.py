@@ -9,9 +9,10 @@ from palm_pytorch.ops import RelativeBias
 
 
 class T5RelativeBias(nn.Module):
-    """A table of one number per bucket of distances and head; calling it gives the `RelativeBias` that attention takes.
+    """A number per bucket of distances and head; calling it gives the `RelativeBias` that attention takes.
 
-    Causal buckets: half of them one distance wide, the rest growing up to `max_distance`, from where all share the last.
+    Causal buckets: half of them one distance wide, the rest growing up to `max_distance`, from where all
+    share the last.
     scale: factor on the table's values.
     """
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), optionally with xPos (Sun et al. 2022, arXiv 2212.10554).
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864) and xPos (Sun et al. 2022, arXiv 2212.10554).
 
 Shapes: b batch; h heads; n sequence length; d head dim; r rotated dims, the first of d.
 """
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from palm_pytorch.ops import rotate
 
-# xPos scales a dimension by at most (0.4 / 1.4) ** power on either side of the middle; past this power float32 has
-# no number for it.
+# xPos scales a dimension by at most (0.4 / 1.4) ** power on either side of the middle; past this power
+# float32 has no number for it.
 XPOS_MAX_POWER = 69
 
 
@@ -29,9 +29,10 @@ class RotaryTable(NamedTuple):
 
 
 class Rotary(nn.Module):
-    """Tables for queries and keys at given positions; the angle of dims (x, x + r / 2) is `position * base^(-2x / r)`.
+    """Tables for queries and keys; dims (x, x + r / 2) turn by the angle `position * base^(-2x / r)`.
 
-    It holds no tensors: angles are computed in float64, so positions stay exact in models of any dtype and length.
+    It holds no tensors: angles are computed in float64, so positions stay exact in models of any dtype and
+    length.
     """
 
     def __init__(self, dim: int, base: float = 10000.0, xpos_scale_base: float | None = None) -> None:
@@ -54,10 +55,11 @@ class Rotary(nn.Module):
         longest = int(2 * XPOS_MAX_POWER * self.xpos_scale_base)
         if positions.shape[-1] > longest:
             raise ValueError(
-                f"positions: xPos with scale base {self.xpos_scale_base} reaches {longest} positions in float32, "
-                f"got {positions.shape[-1]}"
+                f"positions: expected at most {longest}, as far as float32 reaches for xPos with scale base "
+                f"{self.xpos_scale_base}, got {positions.shape[-1]}"
             )
-        # Scores depend on the difference of two powers, so any origin will do; the middle keeps them smallest.
+        # Scores depend on the difference of two powers, so any origin will do; the middle keeps them
+        # smallest.
         power = (exact - exact.mean(dim=-1, keepdim=True).floor()) / self.xpos_scale_base
         scale = ((x + 0.4 * self.dim) / (1.4 * self.dim)) ** power[..., None]
         query, key = (

@@ -1,4 +1,4 @@
-"""LaMDA (Thoppilan et al. 2022, arXiv 2201.08239, section 3): sequential blocks, T5 relative bias, gated-GELU feed-forward.
+"""LaMDA (Thoppilan et al. 2022, arXiv 2201.08239, section 3): T5 relative bias, gated-GELU feed-forward.
 
     x --> norm --> attention + T5 bias --> (+) --> norm --> GEGLU feed-forward --> (+) --> x
     |                                       ^ |                                     ^
@@ -19,7 +19,7 @@ from palm_pytorch.models.language_model import LanguageModel
 
 
 class LaMDABlock(nn.Module):
-    """Attention and feed-forward one after the other, each on the norm of its input; every block has its own bias table."""
+    """Attention, then feed-forward, each on the norm of its input; every block has its own bias table."""
 
     def __init__(
         self,
@@ -58,7 +58,8 @@ class LaMDA(LanguageModel):
     """Decoder language model with learned relative positions.
 
     num_tokens, dim, depth, heads, dim_head: vocabulary, model width, blocks, query heads and their width.
-    kv_heads: key/value heads, a divisor of heads; one by default, `heads` for the paper's full multi-head attention.
+    kv_heads: key/value heads, a divisor of heads; one by default, `heads` for the paper's full multi-head
+    attention.
     ff_mult: inner width of the feed-forward, in multiples of dim.
     dropout: share of attention weights and of inner feed-forward features dropped in training.
     num_buckets, max_distance: of the T5 relative bias.  norm: "rmsnorm" or "layernorm" (without bias).

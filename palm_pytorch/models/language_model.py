@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from palm_pytorch.layers.norm import make_norm
+from palm_pytorch.layers.norm import L2Norm, LayerNorm, RMSNorm, make_norm
+from palm_pytorch.layers.relative_bias import T5RelativeBias
 from palm_pytorch.ops import linear_cross_entropy
 
 
@@ -33,27 +34,28 @@ class LanguageModel(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """(v, c): maps the final hidden states to logits. Tied models have no second tensor that could come apart."""
+        """(v, c), maps hidden states to logits. Tied models have no second tensor that could come apart."""
         return self.token_emb.weight if self.to_logits is None else self.to_logits.weight
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """Initialises every parameter, also after `to_empty` of a model built on the meta device.
 
-        Kernels are normal with variance 1 / fan-in (PaLM, arXiv 2204.02311, section 5), so that a layer keeps the scale of
-        its input; embeddings are normal with std 0.02 (GPT-2), so that tied logits start near zero; gains are one.
+        Kernels are normal with variance 1 / fan-in (PaLM, arXiv 2204.02311, section 5), so that a layer
+        keeps the scale of its input; embeddings are normal with std 0.02 (GPT-2), so that tied logits start
+        near zero; gains are one.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-            elif hasattr(module, "reset_parameters"):
+            elif isinstance(module, RMSNorm | LayerNorm | L2Norm | T5RelativeBias):
                 module.reset_parameters()
 
     @abstractmethod
     def hidden(self, tokens: Tensor) -> Tensor:
-        """Final hidden states, normed: (b, n, c), or of the last positions only. Inputs of its own are keywords."""
+        """Final hidden states, normed: (b, n, c), or of the last positions only."""
 
     def forward(
         self,
@@ -72,12 +74,15 @@ class LanguageModel(nn.Module):
         """
         check_tokens(tokens, self.config["num_tokens"], self.token_emb.weight.device)
         if labels is not None and labels.shape != tokens.shape:
-            raise ValueError(f"labels: expected the shape of tokens {tuple(tokens.shape)}, got {tuple(labels.shape)}")
+            expected = tuple(tokens.shape)
+            raise ValueError(f"labels: expected the shape of tokens, {expected}, got {tuple(labels.shape)}")
         hidden = self.hidden(tokens, **inputs)
         if labels is None:
             return F.linear(hidden, self.head_weight)
         labels = labels[:, -hidden.shape[1] :]
-        return linear_cross_entropy(hidden, self.head_weight, labels, ignore_index=ignore_index, z_loss=z_loss)
+        return linear_cross_entropy(
+            hidden, self.head_weight, labels, ignore_index=ignore_index, z_loss=z_loss
+        )
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -94,7 +99,7 @@ def check_config(config: dict[str, Any]) -> None:
 
 
 def check_tokens(tokens: Tensor, num_tokens: int, device: torch.device) -> None:
-    """Refuses what is no batch of token ids; ids are read only on the CPU, where that does not stall a device."""
+    """Refuses what is no batch of token ids; values are read on the CPU only: it stalls others."""
     if not isinstance(tokens, Tensor):
         raise TypeError(f"tokens: expected a tensor, got {type(tokens).__name__}")
     if tokens.dtype not in (torch.long, torch.int):
@@ -104,6 +109,5 @@ def check_tokens(tokens: Tensor, num_tokens: int, device: torch.device) -> None:
     if tokens.device != device:
         raise ValueError(f"tokens: expected the model's device {device}, got {tokens.device}")
     if device.type == "cpu" and not 0 <= int(tokens.min()) <= int(tokens.max()) < num_tokens:
-        raise ValueError(
-            f"tokens: expected ids in [0, {num_tokens}), got ids from {int(tokens.min())} to {int(tokens.max())}"
-        )
+        found = f"from {int(tokens.min())} to {int(tokens.max())}"
+        raise ValueError(f"tokens: expected ids in [0, {num_tokens}), got ids {found}")

@@ -1,8 +1,8 @@
-"""PaLM (Chowdhery et al. 2022, arXiv 2204.02311, section 2): parallel blocks, SwiGLU, multi-query attention, rotary.
+"""PaLM (Chowdhery et al. 2022, arXiv 2204.02311, section 2): parallel blocks, multi-query attention, rotary.
 
                  +--> q, k, v --> rotary --> attention --> attn_out --+
     x --> norm --+                                                    +--> (+) --> x
-    |            +--> ff --> SwiGLU --> ff_out -----------------------+     ^
+    |            +--> value, gate --> SwiGLU --> ff_out --------------+     ^
     +-----------------------------------------------------------------------+
 
 Shapes: b batch; n sequence length; h heads; d head dim; c model width.
@@ -22,7 +22,7 @@ from palm_pytorch.ops import attention
 
 
 class ParallelBlock(nn.Module):
-    """`x + attn_out(attention(q, k, v)) + ff_out(SwiGLU(ff))`, with q, k, v and ff from one projection of norm(x).
+    """`x + attn_out(attention(q, k, v)) + ff_out(swiglu(value, gate))`, the five from one projection.
 
     The one key/value head serves all query heads.
     """
@@ -67,13 +67,14 @@ class ParallelBlock(nn.Module):
 
 
 class PaLM(LanguageModel):
-    """Decoder language model of parallel blocks; embedding and logits share their weight unless told otherwise.
+    """Decoder language model of parallel blocks; embedding and logits share their weight by default.
 
     num_tokens, dim, depth, heads, dim_head: vocabulary, model width, blocks, query heads and their width.
     ff_mult: inner width of the feed-forward, in multiples of dim.
     norm: "rmsnorm" or "layernorm" (without bias).  qk_norm: unit-length queries and keys with learned gains.
     xpos, xpos_scale_base: length-extrapolating decay on top of rotary (Sun et al. 2022, arXiv 2212.10554).
-    attn_dropout, ff_dropout: share of attention weights and of inner feed-forward features dropped in training.
+    attn_dropout, ff_dropout: share of attention weights and of inner feed-forward features dropped in
+    training.
     attention_backend: as in `palm_pytorch.ops.attention`.
 
     Raises ValueError or TypeError naming the argument that does not fit.

@@ -1,8 +1,8 @@
-"""PaLM-lite: PaLM's parallel blocks with ALiBi for rotary and one projection that serves as both key and value.
+"""PaLM-lite: PaLM's parallel blocks, with ALiBi for rotary and one projection as both key and value.
 
                  +--> q, kv --> attention + ALiBi --> attn_out --+
     x --> norm --+                                               +--> (+) --> x
-    |            +--> ff --> SwiGLU --> ff_out ------------------+     ^
+    |            +--> value, gate --> SwiGLU --> ff_out ---------+     ^
     +------------------------------------------------------------------+
 
 Shapes: b batch; n sequence length; h heads; d head dim; c model width.
@@ -21,7 +21,7 @@ from palm_pytorch.ops import AlibiBias, attention
 
 
 class ParallelLiteBlock(nn.Module):
-    """`x + attn_out(attention(q, kv, kv) with ALiBi) + ff_out(SwiGLU(ff))`, with q, kv and ff from one projection of norm(x)."""
+    """`x + attn_out(attention(q, kv, kv)) + ff_out(swiglu(value, gate))`, the four from one projection."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class ParallelLiteBlock(nn.Module):
 
 
 class PaLMLite(LanguageModel):
-    """Decoder language model of parallel blocks with ALiBi (Press et al. 2022, arXiv 2108.12409) and a shared key/value.
+    """Decoder language model of parallel blocks with ALiBi (Press et al. 2022, arXiv 2108.12409).
 
     Arguments as for `PaLM`, less those of rotary.
 

@@ -1,10 +1,12 @@
-"""Perceiver AR (Hawthorne et al. 2022, arXiv 2202.07765, section 3): a long causal prefix, read once by few latents.
+"""Perceiver AR (Hawthorne et al. 2022, arXiv 2202.07765, section 3): few latents read a long causal prefix.
 
     tokens --> embedding + position --> | prefix | latents |
                                             |         |
-                                            +--> perceive: latents attend to prefix and latents, causally --> feed-forward
-                                                      |
-                                                      +--> depth x (causal self-attention --> feed-forward) --> logits
+                                            +----+----+
+                                                 |
+          perceive_depth x (latents attend to prefix and latents, causally --> feed-forward)
+                                                 |
+                   depth x (latents attend to latents, causally --> feed-forward) --> logits
 
 Shapes: b batch; n sequence length; p prefix length (cross_attn_seq_len); m = n - p latents; c model width.
 """
@@ -57,14 +59,18 @@ class LatentBlock(nn.Module):
 class PerceiverAR(LanguageModel):
     """Decoder language model whose cost grows with the prefix in its first layers only.
 
-    num_tokens, dim, depth, heads, dim_head: vocabulary, model width, self-attention layers, heads and their width.
+    num_tokens, dim, depth, heads, dim_head: vocabulary, model width, self-attention layers, heads and their
+    width.
     max_seq_len: longest sequence, prefix and latents together.
-    cross_attn_seq_len: p, the prefix; a sequence is longer than that and its first p positions predict nothing.
+    cross_attn_seq_len: p, the prefix; a sequence is longer than that and its first p positions predict
+    nothing.
     kv_heads: key/value heads, a divisor of heads; None for as many as heads.
     perceive_depth: layers that attend to the prefix, ahead of the `depth` others.
     dropout: share of attention weights and of inner feed-forward features dropped in training.
-    cross_attn_dropout: share of the prefix left out in training, drawn anew for each row and layer that attends to it.
-    ff_mult: inner width of the feed-forward, in multiples of dim.  norm: "rmsnorm" or "layernorm" (without bias).
+    cross_attn_dropout: share of the prefix left out in training, drawn anew for each row and layer that
+    attends to it.
+    ff_mult: inner width of the feed-forward, in multiples of dim.  norm: "rmsnorm" or "layernorm" (without
+    bias).
     attention_backend: as in `palm_pytorch.ops.attention`.
 
     Raises ValueError or TypeError naming the argument that does not fit.
@@ -100,7 +106,7 @@ class PerceiverAR(LanguageModel):
         # Only part of each head turns, so that the rest can attend by content alone, at any distance.
         self.rotary = Rotary(min(dim_head, max(32, dim_head // 2)))
         self.prefix_len, self.prefix_dropout = cross_attn_seq_len, cross_attn_dropout
-        shape = {
+        shape: dict[str, Any] = {
             "norm": norm,
             "ff_mult": ff_mult,
             "dropout": dropout,
@@ -114,10 +120,12 @@ class PerceiverAR(LanguageModel):
         self.init_weights()
 
     def hidden(self, tokens: Tensor, *, prefix_mask: Tensor | None = None) -> Tensor:
-        """Final hidden states of the latents, (b, m, c). prefix_mask: (b, p) bool, True where a token may be attended to."""
-        b, n = tokens.shape
+        """Final hidden states of the latents, (b, m, c).
+
+        prefix_mask: (b, p) bool, True where a prefix token may be attended to.
+        """
         self._check(tokens, prefix_mask)
-        positions = torch.arange(n, device=tokens.device)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
         prefix, x = (self.token_emb(tokens) + self.pos_emb(positions)).tensor_split([self.prefix_len], dim=1)
         at, latents_at = positions.tensor_split([self.prefix_len])
         for layer in self.perceive_layers:
@@ -133,7 +141,7 @@ class PerceiverAR(LanguageModel):
     def _drop_prefix(
         self, prefix: Tensor, at: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """In training, a random part of the prefix in its order, with its positions (b, p') and mask; else all of it."""
+        """The prefix, its positions and mask; in training a random part of it in order, positions (b, p')."""
         dropped = int(self.prefix_len * self.prefix_dropout)
         if not self.training or dropped == 0:
             return prefix, at, mask

@@ -6,7 +6,8 @@ Per chunk of positions, with z = hidden weight^T + bias:
     loss  = logsumexp(z) - z[label]                        (+ z_loss * logsumexp(z)^2, PaLM section 5)
     dz    = softmax(z) * (1 + 2 z_loss logsumexp(z)) - onehot(label)
     dhidden = dz weight;   dweight += dz^T hidden;   dbias += sum(dz)
-The gradient is taken while the chunk's logits are at hand, so backward only scales it: no logits are computed twice.
+The gradient is taken while the chunk's logits are at hand, so backward only scales it: no logits are
+computed twice.
 """
 
 from __future__ import annotations
@@ -31,16 +32,17 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Mean cross-entropy in nats of `softmax(hidden @ weight.T + bias)` over the labels that count; a float32 scalar
-    (float64 for float64 input).
+    """Mean cross-entropy in nats of `softmax(hidden @ weight.T + bias)` over the labels that count; a
+    float32 scalar (float64 for float64 input).
 
     hidden: (..., c).  weight: (v, c).  bias: (v,) or None.
     labels: (...) integers in [0, v), or `ignore_index` where a position does not count.
-    z_loss: weight of `logsumexp(logits)^2`, added to the loss of each position (PaLM, arXiv 2204.02311, section 5).
+    z_loss: weight of `logsumexp(logits)^2`, added to the loss of each position (PaLM, arXiv 2204.02311,
+    section 5).
     chunk_tokens: positions whose logits are held at a time; None keeps them under 64 MB.
 
-    Products run in the autocast dtype where autocast is on, else in the dtype of hidden; softmax and sums in float32
-    or better. Where no label counts the loss is 0 and so are its gradients.
+    Products run in the autocast dtype where autocast is on, else in the dtype of hidden; softmax and sums
+    in float32 or better. Where no label counts the loss is 0 and so are its gradients.
 
     Raises ValueError or TypeError naming the argument that does not fit.
     """
@@ -125,7 +127,8 @@ def _check(
 ) -> None:
     if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"hidden, weight: expected (..., c) and (v, c), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+            "hidden, weight: expected (..., c) and (v, c), "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")

@@ -15,7 +15,9 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (..., c) over its root mean square, times weight (c,); computed in float32 or better, in the dtype of x."""
+    """x (..., c) over its root mean square, times weight (c,); computed in float32 or better, in the dtype
+    of x.
+    """
     return _RMSNorm.apply(x, weight, eps)
 
 

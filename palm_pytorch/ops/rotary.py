@@ -4,7 +4,8 @@ Shapes: ... b, h leading dimensions; n sequence length; d head dim; r rotated di
 
     y1 = x1 cos - x2 sin;   y2 = x2 cos + x1 sin        (x1, x2: the halves of the r rotated dims)
 
-A rotation's transpose is the rotation back, so backward is the same function with -sin, and keeps nothing of x.
+A rotation's transpose is the rotation back, so backward is the same function with -sin, and keeps nothing
+of x.
 """
 
 from __future__ import annotations

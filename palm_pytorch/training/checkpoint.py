@@ -124,7 +124,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
-        "device": None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
 
 
@@ -133,8 +133,8 @@ def set_random_state(saved: Mapping[str, Any], device: torch.device) -> None:
     random.setstate(saved["python"])
     np.random.set_state(saved["numpy"])
     torch.set_rng_state(saved["torch"])
-    if device.type != "cpu" and saved["device"] is not None:
-        torch.get_device_module(device).set_rng_state(saved["device"], device)
+    if device.type == "cuda" and saved["cuda"] is not None:
+        torch.cuda.set_rng_state(saved["cuda"], device)
 
 
 # ------------------------------------------------------------------------------------------------ folders

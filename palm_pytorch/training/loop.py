@@ -160,8 +160,8 @@ def write_sample(run: Run) -> str:
     """
     config, state = run.config, run.state
     prompt = torch.tensor(run.splits.valid[: config.prompt_len], dtype=torch.long)
-    devices = [] if state.device.type == "cpu" else [state.device]
-    with torch.random.fork_rng(devices, device_type=state.device.type), autocast(run.precision, state.device):
+    gpus = [state.device] if state.device.type == "cuda" else []
+    with torch.random.fork_rng(gpus), autocast(run.precision, state.device):
         torch.manual_seed(config.seed + state.step)
         writer = AutoregressiveWrapper(state.model, max_seq_len=config.seq_len)
         written = writer.generate(prompt[None].to(state.device), config.generate_length)[0].cpu()

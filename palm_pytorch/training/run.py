@@ -25,6 +25,7 @@ from palm_pytorch.training.config import TrainConfig, select_device, select_prec
 from palm_pytorch.training.corpus import Corpus, open_corpus
 from palm_pytorch.training.data import NUM_TOKENS, Splits, split_corpus
 from palm_pytorch.training.logging import Row, read_metrics
+from palm_pytorch.training.memory import keep_freed_memory
 from palm_pytorch.training.optim import build_optimizer
 
 
@@ -96,6 +97,8 @@ def prepare(**given: Any) -> Run:
     corpus = open_corpus(config.data, config.data_dir)
     splits = split_corpus(corpus, config.seq_len)
 
+    if device.type == "cpu":
+        keep_freed_memory()
     seed_everything(config.seed, device)
     model = build_model(config).to(device)
     optimizer = build_optimizer(model, weight_decay=config.weight_decay)

@@ -34,9 +34,11 @@ def attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Scaled dot-product attention, `softmax(scale * q k^T + bias) v`, with grouped or a single key/value head.
+    """Scaled dot-product attention, `softmax(scale * q k^T + bias) v`, with grouped or a single key/value
+    head.
 
-    q: (b, h, i, d).  k, v: (b, g, j, d), g dividing h; query head number x uses key/value head `x // (h / g)`.
+    q: (b, h, i, d).  k, v: (b, g, j, d), g dividing h; query head number x uses key/value head `x // (h /
+    g)`.
     causal: aligned to the end: query i sees keys `<= i + j_len - i_len`.
     bias: `AlibiBias` or `RelativeBias`, of the distance between query and key under that alignment.
     key_mask: (b, j) bool, True where a key may be attended to.
@@ -45,7 +47,8 @@ def attention(
     scale: factor on the scores; `d ** -0.5` if None.
     backend: "auto", or one of `BACKENDS`. On a CPU "auto" is "blockwise", elsewhere "sdpa".
 
-    Returns (b, h, i, d) in the dtype of q. A query that may see no key gives zeros. Softmax is in float32 or better.
+    Returns (b, h, i, d) in the dtype of q. A query that may see no key gives zeros. Softmax is in float32
+    or better.
     Under autocast q, k and v are cast as for a matrix product.
 
     Raises ValueError or TypeError naming the argument that does not fit.

@@ -78,8 +78,8 @@ def key_distance(i_len: int, j_len: int, device: torch.device) -> Tensor:
 
 
 def bucket_starts(num_buckets: int, max_distance: int) -> list[int]:
-    """The smallest distance of each T5 bucket: half of them one distance wide, the others growing by a constant
-    ratio up to `max_distance`.
+    """The smallest distance of each T5 bucket: half of them one distance wide, the others growing by a
+    constant ratio up to `max_distance`.
 
     Integer starts instead of a logarithm per distance: exact, whatever the dtype.
     """
@@ -97,27 +97,30 @@ def bucket_starts(num_buckets: int, max_distance: int) -> list[int]:
 def alibi_features(
     slopes: Tensor, queries: Tensor, keys: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Query features (i, *slopes.shape, f) and key features (j, f) whose dot product is `slope * (key - query)`:
+    """Query features (i, *slopes.shape, f) and key features (j, f) whose dot product is `slope * (key -
+    query)`:
     causal ALiBi inside the product q k^T itself.
 
-    A half precision holds neither slopes nor positions exactly, so slopes are split into three parts and positions
-    into base-256 digits, each of which it does hold; the products are exact and are summed in the kernel's float32.
+    A half precision holds neither slopes nor positions exactly, so slopes are split into three parts and
+    positions into base-256 digits, each of which it does hold; the products are exact and are summed in the
+    kernel's float32.
 
     slopes: any shape, already divided by the factor that the scores will be multiplied with.
-    queries, keys: positions (i,) and (j,), integers. The sums round at the size of `slope * position`: measure
-    positions from a place near the queries.
+    queries, keys: positions (i,) and (j,), integers. The sums round at the size of `slope * position`:
+    measure positions from a place near the queries.
     """
     shift = -slopes * queries.view(-1, *[1] * slopes.dim())
+    ones = torch.ones_like(keys)
     if dtype.itemsize >= 4:
         query = torch.stack([slopes.expand_as(shift), shift], dim=-1)
-        key = torch.stack([keys, torch.ones_like(keys)], dim=-1)
-        return query.to(dtype), key.to(dtype)
+        return query.to(dtype), torch.stack([keys, ones], dim=-1).to(dtype)
     slope_parts = _exact_parts(slopes, dtype).expand(*shift.shape, 3)
     sign, size = keys.sign(), keys.abs()
     # 16 ** digit on either side: neither leaves float16's range.
-    query = [slope_parts * 16**digit for digit in range(3)] + [_exact_parts(shift, dtype)]
-    key = [sign * (size >> 8 * digit & 255) * 16**digit for digit in range(3)] + [torch.ones_like(keys)]
-    return torch.cat(query, dim=-1), torch.stack(key, dim=-1).repeat_interleave(3, dim=-1).to(dtype)
+    slope_digits = [slope_parts * 16**digit for digit in range(3)]
+    key_digits = [sign * (size >> 8 * digit & 255) * 16**digit for digit in range(3)]
+    query = torch.cat([*slope_digits, _exact_parts(shift, dtype)], dim=-1)
+    return query, torch.stack([*key_digits, ones], dim=-1).repeat_interleave(3, dim=-1).to(dtype)
 
 
 def _exact_parts(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,15 +1,17 @@
 """Exact attention a block of queries at a time, as plain matrix products: the fast path on a CPU.
 
-Shapes: q (b, h, i, d) is taken as (t, i, r, d) and k, v (b, g, j, d) as (t, j, d), where t = b * g and r = h / g: all
-the query heads of a key/value head stand beside each other, so that one product serves them together and the
-key/value head is never repeated. A block has `rows` queries and sees the first `seen` keys: scores (t, rows, r, seen).
+Shapes: q (b, h, i, d) is taken as (t, i, r, d) and k, v (b, g, j, d) as (t, j, d), where t = b * g and r =
+h / g:
+all the query heads of a key/value head stand beside each other, so that one product serves them together and
+the key/value head is never repeated. A block has `rows` queries and sees the first `seen` keys: scores
+(t, rows, r, seen).
 
 Forward, per block:   S = scale Q K^T + bias;  P = softmax(S);  O = P V
 Backward, per block:  P again, then  dP = dO V^T;  dS = P (dP - rowsum(P dP));
                       dQ = scale dS K;  dK += scale dS^T Q;  dV += P^T dO
 
-Keys behind the causal diagonal are never visited, nothing of size (i, j) outlives its block, and every bias is added
-to the few columns where it is not constant along the row (softmax ignores the rest):
+Keys behind the causal diagonal are never visited, nothing of size (i, j) outlives its block, and every bias
+is added to the few columns where it is not constant along the row (softmax ignores the rest):
 ALiBi rides in extra features of the product itself, T5's buckets differ only near the diagonal.
 """
 
@@ -19,6 +21,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -43,7 +46,9 @@ def blockwise(
     dropout_p: float,
     scale: float,
 ) -> Tensor:
-    """Every argument of the contract in memory linear in the sequence, forward and backward, on any device."""
+    """Every argument of the contract in memory linear in the sequence, forward and backward, on any
+    device.
+    """
     seed = int(torch.randint(1 << 62, ())) if dropout_p > 0 else 0
     per_head = None if bias is None else bias.per_head
     call = _Call(causal, bias, key_mask, document_ids, dropout_p, seed, scale)
@@ -61,7 +66,9 @@ class _Call(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Which rows of the batch (t), queries and keys a block covers; `position` is its first query's, among the keys."""
+    """Which rows of the batch (t), queries and keys a block covers; `position` is its first query's, among
+    the keys.
+    """
 
     t: slice
     queries: slice
@@ -107,7 +114,8 @@ class _Blockwise(torch.autograd.Function):
             dp = _product(g_rows, values[block.t, : block.seen].mT).view_as(weights)
             dp = scores.dropped(block, dp)
             ds = torch.ops.aten._softmax_backward_data(dp, weights, -1, weights.dtype)
-            scores.collect_bias_grad(block, ds)
+            if scores.band is not None:
+                scores.band.collect_grad(ds, block)
             ds = ds.flatten(1, 2)
             rows = dq[block.t, block.queries]
             rows.copy_(_product(ds, keys[block.t, : block.seen], call.scale).view_as(rows))
@@ -116,7 +124,7 @@ class _Blockwise(torch.autograd.Function):
             rearrange(dq, "(b g) i r d -> b (g r) i d", g=g),
             rearrange(dk, "(b g) j d -> b g j d", g=g).to(k.dtype),
             rearrange(dv, "(b g) j d -> b g j d", g=g).to(v.dtype),
-            scores.bias_grad(),
+            None if scores.band is None else scores.band.per_head_grad(g),
             None,
         )
 
@@ -135,11 +143,8 @@ def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
 
 
 class _Scores:
-    """The biased, masked scores of each block and their softmax, for forward and for backward's second look.
-
-    Near the diagonal a band is added to them, which is the same for every block: -inf for keys ahead of a query, and
-    T5's bias less that of its last bucket, which is zero from `reach` behind. Column c of it is at distance
-    `row - c + reach`.
+    """The biased, masked scores of each block and their softmax, for forward and for backward's second
+    look.
     """
 
     def __init__(self, q: Tensor, k: Tensor, per_head: Tensor | None, call: _Call) -> None:
@@ -154,40 +159,22 @@ class _Scores:
         if per_head is not None:
             # (t, r, ...): what each query head of each batch row carries
             heads = rearrange(per_head.detach(), "(g r) ... -> g r ...", g=self.g)
-            self.per_head = heads.repeat(self.t_len // self.g, *[1] * (heads.dim() - 1))
-        if call.causal and isinstance(call.bias, AlibiBias):
-            row = self._arange(0, self.rows)
+            per_head = heads.repeat(self.t_len // self.g, *[1] * (heads.dim() - 1))
+            if isinstance(call.bias, AlibiBias):
+                self.slopes = per_head
+        if isinstance(call.bias, AlibiBias) and call.causal:
             # Keys from as far behind a block's first query as there are, to its last query.
-            key = self._arange(-self.j_len, self.rows)
-            features = alibi_features(self.per_head / call.scale, row, key, q.dtype)
-            self.q_features, self.k_features = features[0].transpose(0, 1), features[1]
-        self.band_grad: Tensor | None = None
+            row, key = self._arange(0, self.rows), self._arange(-self.j_len, self.rows)
+            query_features, self.k_features = alibi_features(self.slopes / call.scale, row, key, q.dtype)
+            self.q_features = query_features.transpose(0, 1)
+        self.band: _Band | None = None
         if call.causal or isinstance(call.bias, RelativeBias):
-            self._build_band()
+            bias = call.bias if isinstance(call.bias, RelativeBias) else None
+            ahead = self.rows if call.causal else self.i_len + self.j_len
+            self.band = _Band(self.q, bias, per_head, rows=self.rows, ahead=ahead, causal=call.causal)
 
     def _arange(self, start: int, stop: int) -> Tensor:
         return torch.arange(start, stop, device=self.q.device)
-
-    def _build_band(self) -> None:
-        bias, causal = self.call.bias, self.call.causal
-        learned = isinstance(bias, RelativeBias)
-        self.reach = bucket_starts(bias.table.shape[0], bias.max_distance)[-1] if learned else 0
-        ahead = self.rows if causal else self.i_len + self.j_len
-        distance = self._arange(0, self.rows)[:, None] - self._arange(-self.reach, ahead)
-        self.band = torch.zeros(1, self.rows, 1, distance.shape[1], device=self.q.device)
-        if learned:
-            self.buckets = bias.buckets(distance)
-            offsets = (self.per_head - self.per_head[..., -1:]) * bias.scale
-            self.band = offsets[:, :, self.buckets].transpose(1, 2)
-        if causal:
-            self.band = self.band.masked_fill(distance[:, None] < 0, float("-inf"))
-        self.band = self.band.to(self.q.dtype).expand(self.t_len, -1, -1, -1)
-
-    def _band_columns(self, block: _Block) -> tuple[slice, slice]:
-        """Where the band lies among the block's keys, and which of the band's columns those are."""
-        start = max(0, block.position - self.reach)
-        first = start - block.position + self.reach
-        return slice(start, block.seen), slice(first, first + block.seen - start)
 
     def blocks(self) -> Iterator[_Block]:
         """All blocks with something to see, in a fixed order."""
@@ -214,10 +201,9 @@ class _Scores:
         if isinstance(call.bias, AlibiBias) and not call.causal:
             i = self._arange(block.position, block.position + rows)
             distance = (i[:, None] - self._arange(0, block.seen)).abs()
-            scores -= self.per_head[block.t, None, :, None] * distance[:, None]
-        if call.causal or isinstance(call.bias, RelativeBias):
-            columns, band = self._band_columns(block)
-            scores[..., columns] += self.band[block.t, :rows, :, band]
+            scores -= self.slopes[block.t, None, :, None] * distance[:, None]
+        if self.band is not None:
+            self.band.add_to(scores, block)
         if call.key_mask is None and call.document_ids is None:
             return scores.softmax(dim=-1)
         scores.masked_fill_(self._masked(block), float("-inf"))
@@ -244,24 +230,66 @@ class _Scores:
         kept = torch.rand(weights.shape, device=weights.device, generator=generator) >= p
         return weights * kept / (1 - p)
 
-    def collect_bias_grad(self, block: _Block, ds: Tensor) -> None:
-        if not isinstance(self.call.bias, RelativeBias):
-            return
-        if self.band_grad is None:
-            self.band_grad = torch.zeros_like(self.band, dtype=torch.promote_types(ds.dtype, torch.float32))
-        columns, band = self._band_columns(block)
-        self.band_grad[block.t, : ds.shape[1], :, band] += ds[..., columns]
 
-    def bias_grad(self) -> Tensor | None:
-        """The gradient of `per_head` (h, buckets). Score gradients sum to zero along each row, so the last bucket's is
-        what the others leave."""
-        bias = self.call.bias
-        if not isinstance(bias, RelativeBias):
+class _Band:
+    """What is added to scores near the diagonal: -inf for keys ahead of a query if causal, and T5's bias
+    less that of its last bucket, which is zero from `reach` behind. It is the same for every block.
+
+    Row x of the band is a block's query x; column c is the key at distance `x - c + reach` from it.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        bias: RelativeBias | None,
+        per_head: Tensor | None,
+        *,
+        rows: int,
+        ahead: int,
+        causal: bool,
+    ) -> None:
+        self.bias = bias
+        self.reach = 0 if bias is None else bucket_starts(bias.table.shape[0], bias.max_distance)[-1]
+        row, column = torch.arange(rows, device=q.device), torch.arange(self.reach + ahead, device=q.device)
+        distance = row[:, None] - column + self.reach
+        values = torch.zeros(1, rows, 1, len(column), device=q.device)
+        if bias is not None and per_head is not None:
+            self.buckets = bias.buckets(distance)
+            offsets = (per_head - per_head[..., -1:]) * bias.scale
+            values = offsets[:, :, self.buckets].transpose(1, 2)
+        if causal:
+            values = values.masked_fill(distance[:, None] < 0, float("-inf"))
+        self.values = values.to(q.dtype).expand(len(q), -1, -1, -1)
+        self.grad: Tensor | None = None
+
+    def _columns(self, block: _Block) -> tuple[slice, slice]:
+        """Where the band lies among the block's keys, and which of its own columns those are."""
+        start = max(0, block.position - self.reach)
+        first = start - block.position + self.reach
+        return slice(start, block.seen), slice(first, first + block.seen - start)
+
+    def add_to(self, scores: Tensor, block: _Block) -> None:
+        keys, own = self._columns(block)
+        scores[..., keys] += self.values[block.t, : scores.shape[1], :, own]
+
+    def collect_grad(self, grad: Tensor, block: _Block) -> None:
+        """Adds a block's score gradients to those of the band, if it is learned."""
+        if self.bias is None:
+            return
+        if self.grad is None:
+            self.grad = torch.zeros_like(self.values, dtype=torch.promote_types(grad.dtype, torch.float32))
+        keys, own = self._columns(block)
+        self.grad[block.t, : grad.shape[1], :, own] += grad[..., keys]
+
+    def per_head_grad(self, g: int) -> Tensor | None:
+        """The gradient (h, buckets) of the table. Score gradients sum to zero along each row, so the last
+        bucket's is what the others leave."""
+        if self.bias is None:
             return None
-        if self.band_grad is None:  # no query saw any key
-            return torch.zeros_like(bias.per_head)
-        per_head = rearrange(self.band_grad, "(b g) i r c -> b (g r) (i c)", g=self.g).sum(0)
-        member = torch.nn.functional.one_hot(self.buckets.flatten(), bias.table.shape[0]).to(per_head.dtype)
+        if self.grad is None:  # no query saw any key
+            return torch.zeros_like(self.bias.per_head)
+        per_head = rearrange(self.grad, "(b g) i r c -> b (g r) (i c)", g=g).sum(0)
+        member = F.one_hot(self.buckets.flatten(), self.bias.table.shape[0]).to(per_head.dtype)
         grad = per_head @ member
         grad[:, -1] = -grad[:, :-1].sum(dim=-1)
-        return (grad * bias.scale).to(bias.table.dtype)
+        return (grad * self.bias.scale).to(self.bias.table.dtype)

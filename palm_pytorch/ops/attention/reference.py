@@ -48,12 +48,13 @@ def reference(
     dropout_p: float,
     scale: float,
 ) -> Tensor:
-    """`softmax(scale * q k^T + bias) v` over the visible keys: products in the dtype of q, the rest in float32 or
-    better."""
-    g, (i_len, j_len) = k.shape[1], (q.shape[2], k.shape[2])
+    """`softmax(scale * q k^T + bias) v` over the visible keys: products in the dtype of q, the rest in
+    float32 or better."""
+    g, i_len, j_len = k.shape[1], q.shape[2], k.shape[2]
+    wide = torch.promote_types(q.dtype, torch.float32)
     grouped = rearrange(q, "b (g r) i d -> b g r i d", g=g)
     products = torch.einsum("b g r i d, b g j d -> b g r i j", grouped, k)
-    scores = rearrange(products, "b g r i j -> b (g r) i j").to(torch.promote_types(q.dtype, torch.float32)) * scale
+    scores = rearrange(products, "b g r i j -> b (g r) i j").to(wide) * scale
     if bias is not None:
         scores = scores + bias.values(i_len, j_len)
     visible = visible_keys(

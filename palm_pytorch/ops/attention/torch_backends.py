@@ -14,8 +14,8 @@ from torch import Tensor
 from palm_pytorch.ops.attention.bias import AlibiBias, Bias, alibi_features
 from palm_pytorch.ops.attention.reference import visible_keys
 
-# ALiBi as a feature rounds scores at the size of the largest `slope * position`, so float32, where that would show,
-# is served in pieces of this many queries, each measuring positions from its own end.
+# ALiBi as a feature rounds scores at the size of the largest `slope * position`, so float32, where that would
+# show, is served in pieces of this many queries, each measuring positions from its own end.
 ALIBI_QUERIES = 256
 
 
@@ -31,8 +31,9 @@ def sdpa(
     dropout_p: float,
     scale: float,
 ) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`: no mask tensor where plain causal attention is asked for, none
-    with a head dimension unless the bias is learned, and the key/value head never expanded in memory."""
+    """`torch.nn.functional.scaled_dot_product_attention`: no mask tensor where plain causal attention is
+    asked for, none with a head dimension unless the bias is learned, and the key/value head never expanded
+    in memory."""
     (i_len, d), j_len = q.shape[-2:], k.shape[2]
 
     if causal and isinstance(bias, AlibiBias):
@@ -48,7 +49,7 @@ def sdpa(
             i_len, j_len, causal=causal, key_mask=key_mask, document_ids=document_ids, device=q.device
         )
         if mask is not None:
-            # A row that may see nothing is let see everything, then cleared: the kernels differ in what they make of it.
+            # The kernels differ in what they make of a row that may see nothing: it sees all, and is cleared.
             blind = ~mask.any(dim=-1, keepdim=True)
             mask = mask | blind
         if bias is not None:
@@ -74,7 +75,7 @@ def _in_pieces(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, document_ids: Tensor | None, **options: Any
 ) -> Tensor:
     """Causal attention, ALIBI_QUERIES queries at a time."""
-    pieces = []
+    pieces: list[Tensor] = []
     for rows in q.split(ALIBI_QUERIES, dim=2):
         done = sum(piece.shape[2] for piece in pieces)
         seen = k.shape[2] - q.shape[2] + done + rows.shape[2]
@@ -83,13 +84,19 @@ def _in_pieces(
             continue
         mask, ids = (None if t is None else t[:, :seen] for t in (key_mask, document_ids))
         pieces.append(
-            sdpa(rows, k[:, :, :seen], v[:, :, :seen], causal=True, key_mask=mask, document_ids=ids, **options)
+            sdpa(
+                rows, k[:, :, :seen], v[:, :, :seen], causal=True, key_mask=mask, document_ids=ids, **options
+            )
         )
     return torch.cat(pieces, dim=2)
 
 
-def _carry_alibi(q: Tensor, k: Tensor, v: Tensor, bias: AlibiBias, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v with ALiBi in extra features (zeros in v, since the fused kernels want one width, in eights)."""
+def _carry_alibi(
+    q: Tensor, k: Tensor, v: Tensor, bias: AlibiBias, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v with ALiBi in extra features (zeros in v, since the fused kernels want one width, in
+    eights).
+    """
     queries, keys = (torch.arange(1 - t.shape[2], 1, device=t.device) for t in (q, k))
     query, key = alibi_features(bias.slopes / scale, queries, keys, q.dtype)
     padding = -(q.shape[-1] + key.shape[-1]) % 8
