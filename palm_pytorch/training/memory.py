@@ -11,7 +11,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 def keep_freed_memory() -> bool:
     """Have the C library keep freed memory for the next tensors; returns whether it can (glibc does).
 
-    By default it gives every large tensor back to the system at once, which clears the pages anew for the next:
+    By default it returns every large tensor to the system at once, which clears its pages for the next one:
     of a training step on a CPU, a tenth of the time.
     """
     try:

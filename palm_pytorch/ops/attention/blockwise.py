@@ -30,8 +30,11 @@ from palm_pytorch.ops.attention.bias import AlibiBias, Bias, RelativeBias, alibi
 
 # Most queries in a block, and most scores: on a CPU a few score blocks should fit in the last-level cache.
 MAX_ROWS = 128
-MAX_SCORES = {"cpu": 1 << 20}
+MAX_SCORES = {"cpu": 1 << 21}
 MAX_SCORES_ELSEWHERE = 1 << 25
+# Different numbers of keys that blocks see, at most: oneDNN compiles every shape of product anew and keeps it,
+# about 1 MB each. Blocks that see a few keys more than they need cost less.
+MAX_LENGTHS = 16
 
 
 def blockwise(
@@ -118,11 +121,11 @@ class _Blockwise(torch.autograd.Function):
                 scores.band.collect_grad(ds, block)
             ds = ds.flatten(1, 2)
             rows = dq[block.t, block.queries]
-            rows.copy_(_product(ds, keys[block.t, : block.seen], call.scale).view_as(rows))
-            dk[block.t, : block.seen] += _product(ds.mT, q_rows, call.scale)
+            rows.copy_(_product(ds, keys[block.t, : block.seen]).view_as(rows))
+            dk[block.t, : block.seen] += _product(ds.mT, q_rows)
         return (
-            rearrange(dq, "(b g) i r d -> b (g r) i d", g=g),
-            rearrange(dk, "(b g) j d -> b g j d", g=g).to(k.dtype),
+            rearrange(dq.mul_(call.scale), "(b g) i r d -> b (g r) i d", g=g),
+            rearrange(dk.mul_(call.scale), "(b g) j d -> b g j d", g=g).to(k.dtype),
             rearrange(dv, "(b g) j d -> b g j d", g=g).to(v.dtype),
             None if scores.band is None else scores.band.per_head_grad(g),
             None,
@@ -156,6 +159,7 @@ class _Scores:
         budget = MAX_SCORES.get(q.device.type, MAX_SCORES_ELSEWHERE)
         self.rows = max(1, min(MAX_ROWS, self.i_len, max(16, budget // (self.r * self.j_len))))
         self.t_step = max(1, budget // (self.r * self.j_len * self.rows))
+        self.seen_step = max(self.rows, -(-self.j_len // MAX_LENGTHS))
         if per_head is not None:
             # (t, r, ...): what each query head of each batch row carries
             heads = rearrange(per_head.detach(), "(g r) ... -> g r ...", g=self.g)
@@ -163,14 +167,14 @@ class _Scores:
             if isinstance(call.bias, AlibiBias):
                 self.slopes = per_head
         if isinstance(call.bias, AlibiBias) and call.causal:
-            # Keys from as far behind a block's first query as there are, to its last query.
-            row, key = self._arange(0, self.rows), self._arange(-self.j_len, self.rows)
+            # Keys from as far behind a block's first query as there are, to the last that it is shown.
+            row, key = self._arange(0, self.rows), self._arange(-self.j_len, self.rows + self.seen_step)
             query_features, self.k_features = alibi_features(self.slopes / call.scale, row, key, q.dtype)
             self.q_features = query_features.transpose(0, 1)
         self.band: _Band | None = None
         if call.causal or isinstance(call.bias, RelativeBias):
             bias = call.bias if isinstance(call.bias, RelativeBias) else None
-            ahead = self.rows if call.causal else self.i_len + self.j_len
+            ahead = self.rows + self.seen_step if call.causal else self.i_len + self.j_len
             self.band = _Band(self.q, bias, per_head, rows=self.rows, ahead=ahead, causal=call.causal)
 
     def _arange(self, start: int, stop: int) -> Tensor:
@@ -184,7 +188,8 @@ class _Scores:
         for t in range(0, self.t_len, self.t_step):
             for start in range(first, self.i_len, self.rows):
                 stop = min(start + self.rows, self.i_len)
-                seen = shift + stop if self.call.causal else self.j_len
+                needed = shift + stop if self.call.causal else self.j_len
+                seen = min(-(-needed // self.seen_step) * self.seen_step, self.j_len)
                 yield _Block(slice(t, t + self.t_step), slice(start, stop), shift + start, seen, number)
                 number += 1
 
