@@ -66,7 +66,7 @@ class TrainConfig:
         "model", "which one to train", default="palm"
     )
     dim: int = option("model", "width of the model", POSITIVE, cpu=256, gpu=512)
-    depth: int = option("model", "number of blocks", POSITIVE, cpu=6, gpu=12)
+    depth: int = option("model", "number of blocks", POSITIVE, cpu=4, gpu=12)
     heads: int = option("model", "query heads per block", POSITIVE, cpu=4, gpu=8)
     dim_head: int = option("model", "width of a head", POSITIVE, default=64)
     ff_mult: int = option(
@@ -87,10 +87,10 @@ class TrainConfig:
         default=None,
     )
     data_dir: str = option("data", "where Enwik8 is looked for and downloads are kept", default="data")
-    batch_size: int = option("data", "sequences per slice, over all processes", POSITIVE, default=16)
+    batch_size: int = option("data", "sequences per slice, over all processes", POSITIVE, cpu=4, gpu=16)
     grad_accum: int = option("data", "slices per optimizer step", POSITIVE, cpu=1, gpu=2)
 
-    steps: int = option("schedule", "optimizer steps in all", POSITIVE, cpu=2_000, gpu=20_000)
+    steps: int = option("schedule", "optimizer steps in all", POSITIVE, cpu=6_000, gpu=20_000)
     schedule_steps: int = option(
         "schedule", "length of the learning rate's schedule (default: --steps)", POSITIVE
     )
@@ -99,7 +99,7 @@ class TrainConfig:
         "steps of linear warm-up (default: 100, at most a tenth of --schedule-steps)",
         NOT_NEGATIVE,
     )
-    lr: float = option("schedule", "peak learning rate", POSITIVE, cpu=2e-3, gpu=6e-4)
+    lr: float = option("schedule", "peak learning rate", POSITIVE, cpu=1e-3, gpu=6e-4)
     min_lr: float = option("schedule", "where its cosine ends (default: a tenth of --lr)", NOT_NEGATIVE)
 
     weight_decay: float = option("regularisation", "of weight matrices, by AdamW", NOT_NEGATIVE, default=0.1)
@@ -126,15 +126,13 @@ class TrainConfig:
         default=None,
         bare="auto",
     )
-    eval_every: int = option(
-        "run", "steps between validations; 0: only the last", NOT_NEGATIVE, cpu=100, gpu=500
-    )
+    eval_every: int = option("run", "steps between validations; 0: only the last", NOT_NEGATIVE, default=500)
     eval_windows: int = option("run", "sequences that a validation scores", POSITIVE, cpu=128, gpu=512)
     test_windows: int = option("run", "sequences that the final test scores", POSITIVE, cpu=1_024, gpu=8_192)
-    generate_every: int = option("run", "steps between samples; 0: none", NOT_NEGATIVE, cpu=250, gpu=1_000)
+    generate_every: int = option("run", "steps between samples; 0: none", NOT_NEGATIVE, default=1_000)
     generate_length: int = option("run", "tokens in a sample", POSITIVE, cpu=200, gpu=500)
     save_every: int = option(
-        "run", "steps between checkpoints; 0: only the last", NOT_NEGATIVE, cpu=250, gpu=1_000
+        "run", "steps between checkpoints; 0: only the last", NOT_NEGATIVE, default=1_000
     )
     keep: int = option("run", "newest checkpoints to keep", POSITIVE, default=3)
 

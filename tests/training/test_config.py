@@ -19,7 +19,7 @@ def test_every_option_says_what_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "shape"), [("cpu", (256, 6, 4, 64, 256)), ("cuda", (512, 12, 8, 64, 1024))]
+    ("device", "shape"), [("cpu", (256, 4, 4, 64, 256)), ("cuda", (512, 12, 8, 64, 1024))]
 )
 def test_defaults_are_those_of_the_machine(
     device: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
