@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from palm_pytorch.training.checkpoint import TrainState
 from palm_pytorch.training.evaluate import bits_per_byte
 
@@ -62,6 +64,8 @@ def read_metrics(path: Path) -> list[Row]:
 def plot_metrics(rows: Sequence[Row], path: Path, title: str) -> None:
     """Draw bits per byte over training tokens, of every split in `rows`, to a PNG.
 
+    Training steps are drawn as they are, faintly, and as means over a hundredth of them.
+
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
@@ -71,15 +75,20 @@ def plot_metrics(rows: Sequence[Row], path: Path, title: str) -> None:
     from matplotlib import pyplot
 
     styles: dict[str, dict[str, Any]] = {
-        "train": {"linewidth": 0.8, "alpha": 0.6},
-        "valid": {"marker": "."},
-        "test": {"marker": "*", "markersize": 12},
+        "train": {"color": "tab:blue"},
+        "valid": {"color": "tab:orange", "marker": "."},
+        "test": {"color": "tab:green", "marker": "*", "markersize": 12, "linestyle": ""},
     }
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for split, style in styles.items():
-        points = [(row["tokens"] / 1e6, row["bits_per_byte"]) for row in rows if row["split"] == split]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=f"{split} (last: {points[-1][1]:.3f})", **style)
+        points = np.array(
+            [(row["tokens"] / 1e6, row["bits_per_byte"]) for row in rows if row["split"] == split]
+        )
+        if split == "train" and len(points):
+            axes.plot(*points.T, linewidth=0.5, alpha=0.3, **style)
+            points = np.array([part.mean(axis=0) for part in np.array_split(points, min(100, len(points)))])
+        if len(points):
+            axes.plot(*points.T, label=f"{split} (last: {points[-1][1]:.3f})", **style)
     axes.set(title=title, xlabel="training tokens, in millions", ylabel="bits per byte")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -57,6 +57,7 @@ def test_the_plot_shows_the_rows_with_labelled_axes(tmp_path: Path, monkeypatch:
     plot_metrics(ROWS, tmp_path / "loss.png", title="a title")
     (axes,) = pyplot.gcf().axes
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
+    assert lines.pop("_child0") == ([1, 2], [8, 5])  # the steps themselves, behind their means
     assert lines == {"train (last: 5.000)": ([1, 2], [8, 5]), "valid (last: 6.000)": ([2], [6])}
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("training tokens, in millions", "bits per byte")
     monkeypatch.undo()

@@ -1,18 +1,17 @@
 """Exact attention a block of queries at a time, as plain matrix products: the fast path on a CPU.
 
-Shapes: q (b, h, i, d) is taken as (t, i, r, d) and k, v (b, g, j, d) as (t, j, d), where t = b * g and r =
-h / g:
-all the query heads of a key/value head stand beside each other, so that one product serves them together and
-the key/value head is never repeated. A block has `rows` queries and sees the first `seen` keys: scores
-(t, rows, r, seen).
+Shapes: q (b, h, i, d) is taken as (t, i, r, d) and k, v (b, g, j, d) as (t, j, d), where t = b * g and
+r = h / g: all the query heads of a key/value head stand beside each other, so that one product serves them
+together and the key/value head is never repeated. A block has `rows` queries and sees the first `seen` keys:
+scores (t, rows, r, seen).
 
 Forward, per block:   S = scale Q K^T + bias;  P = softmax(S);  O = P V
-Backward, per block:  P again, then  dP = dO V^T;  dS = P (dP - rowsum(P dP));
+Backward, per block:  P again (or kept, where P is small), then  dP = dO V^T;  dS = P (dP - rowsum(P dP));
                       dQ = scale dS K;  dK += scale dS^T Q;  dV += P^T dO
 
-Keys behind the causal diagonal are never visited, nothing of size (i, j) outlives its block, and every bias
-is added to the few columns where it is not constant along the row (softmax ignores the rest):
-ALiBi rides in extra features of the product itself, T5's buckets differ only near the diagonal.
+Keys ahead of the causal diagonal are hardly visited. What outlives a block is linear in the sequence, but for
+weights up to a fixed size. A bias is added only where it is not constant along the row, since softmax ignores
+the rest: ALiBi rides in extra features of the product itself, T5's buckets differ only near the diagonal.
 """
 
 from __future__ import annotations
@@ -32,9 +31,12 @@ from palm_pytorch.ops.attention.bias import AlibiBias, Bias, RelativeBias, alibi
 MAX_ROWS = 128
 MAX_SCORES = {"cpu": 1 << 21}
 MAX_SCORES_ELSEWHERE = 1 << 25
-# Different numbers of keys that blocks see, at most: oneDNN compiles every shape of product anew and keeps it,
-# about 1 MB each. Blocks that see a few keys more than they need cost less.
+# Different numbers of keys that blocks see, at most: oneDNN compiles every shape of product anew and keeps
+# it, about 1 MB each. Blocks that see a few keys more than they need cost less.
 MAX_LENGTHS = 16
+# Attention weights that forward may keep for backward, at most: while they are no more than the layer's other
+# activations, to keep them costs less than to compute them again.
+MAX_KEPT = 1 << 25
 
 
 def blockwise(
@@ -83,22 +85,27 @@ class _Block(NamedTuple):
 class _Blockwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, per_head: Tensor | None, call: _Call) -> Tensor:
-        ctx.save_for_backward(q, k, v, per_head)
         ctx.call = call
         g = k.shape[1]
         scores = _Scores(q, k, per_head, call)
         values = rearrange(v, "b g j d -> (b g) j d").contiguous()
         out = torch.zeros_like(scores.q)
+        keep = any(ctx.needs_input_grad) and scores.t_len * scores.i_len * scores.r * scores.j_len <= MAX_KEPT
+        kept: list[Tensor] = []
         for block in scores.blocks():
-            weights = scores.dropped(block, scores.weights(block)).flatten(1, 2)
+            weights = scores.weights(block)
+            if keep:
+                kept.append(weights)
+            weights = scores.dropped(block, weights).flatten(1, 2)
             rows = out[block.t, block.queries]
             rows.copy_(_product(weights, values[block.t, : block.seen]).view_as(rows))
+        ctx.save_for_backward(q, k, v, per_head, *kept)
         return rearrange(out, "(b g) i r d -> b (g r) i d", g=g)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, per_head = ctx.saved_tensors
+        q, k, v, per_head, *kept = ctx.saved_tensors
         call: _Call = ctx.call
         g = k.shape[1]
         scores = _Scores(q, k, per_head, call)
@@ -109,7 +116,7 @@ class _Blockwise(torch.autograd.Function):
         wide = torch.promote_types(q.dtype, torch.float32)
         dk, dv = (torch.zeros_like(t, dtype=wide) for t in (keys, values))
         for block in scores.blocks():
-            weights = scores.weights(block)
+            weights = kept[block.number] if kept else scores.weights(block)
             dropped = scores.dropped(block, weights).flatten(1, 2)
             q_rows = scores.q[block.t, block.queries].flatten(1, 2)
             g_rows = grad_out[block.t, block.queries].flatten(1, 2)
