@@ -6,7 +6,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 # The index that has torch for this machine. PyPI's Linux builds carry gigabytes of CUDA, so without an NVIDIA
 # driver the CPU build is taken. Another CUDA: TORCH_INDEX=https://download.pytorch.org/whl/cu126; PyPI: TORCH_INDEX=
-ifeq ($(shell uname -s; command -v nvidia-smi),Linux)
+ifeq ($(shell uname -s)$(shell command -v nvidia-smi || true),Linux)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 endif
 # What the command is given, as in `make train ARGS="--model lamda"` or `make test ARGS="-x tests/ops"`.
@@ -39,10 +39,11 @@ clean:
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # A set-up that was interrupted has no `ready`, and starts over from an empty .venv.
+# An index that the user named must have torch; where the default has none, PyPI's build will do.
 .venv/ready: pyproject.toml setup.py $(CONSTRAINTS)
 	test -e $@ || $(PYTHON) -m venv --clear .venv
 	rm -f .venv/ready*
-	$(if $(TORCH_INDEX),$(pip) --no-deps --index-url $(TORCH_INDEX) torch || echo 'No torch from there: taking PyPI'\''s.')
+	$(if $(TORCH_INDEX),$(pip) --no-deps --index-url $(TORCH_INDEX) torch || test $(origin TORCH_INDEX) = file)
 	$(pip) -e '.[train,test]'
 	touch $@
 

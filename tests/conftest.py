@@ -18,8 +18,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory_and_fixed_seed() -> Iterator[None]:
-    """Deterministic mode has torch fill what `torch.empty` and its kin return with NaN, or the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    """Deterministic mode has torch fill what `torch.empty` and its kin return with NaN or the largest
+    integer.
+    """
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(0)
     yield

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from palm_pytorch.layers.rotary import RotaryTable, apply_rotary
 from palm_pytorch.ops import AlibiBias, RelativeBias, attention
+from palm_pytorch.ops.arguments import expect_integer, expect_number
+from palm_pytorch.ops.attention import check_backend
 
 
 def split_heads(x: Tensor, dim_head: int) -> Tensor:
@@ -41,7 +43,11 @@ class MultiQueryAttention(nn.Module):
         attention_backend: str = "auto",
     ) -> None:
         super().__init__()
-        if kv_heads < 1 or heads % kv_heads:
+        for name, size in (("dim", dim), ("heads", heads), ("dim_head", dim_head), ("kv_heads", kv_heads)):
+            expect_integer(name, size)
+        expect_number("dropout", dropout, least=0, below=1)
+        check_backend(attention_backend)
+        if heads % kv_heads:
             raise ValueError(f"kv_heads: expected a divisor of heads={heads}, got {kv_heads}")
         self.dim_head, self.causal, self.dropout, self.backend = dim_head, causal, dropout, attention_backend
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)

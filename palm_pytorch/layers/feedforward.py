@@ -18,15 +18,22 @@ class SwiGLU(nn.Module):
     """(..., 2f) -> (..., f): `silu(gate) * value`, the first half is the value, the second the gate."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return swiglu(*x.chunk(2, dim=-1))
+        return swiglu(*_halves(x))
 
 
 class GEGLU(nn.Module):
     """(..., 2f) -> (..., f): `gelu(gate) * value` with the exact (erf) GELU, halves as in `SwiGLU`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = x.chunk(2, dim=-1)
+        value, gate = _halves(x)
         return F.gelu(gate) * value
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    if x.shape[-1] % 2:
+        raise ValueError(f"x: expected an even last dimension, a value and a gate, got {tuple(x.shape)}")
+    value, gate = x.chunk(2, dim=-1)
+    return value, gate
 
 
 class FeedForward(nn.Sequential):

@@ -43,7 +43,9 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., c), any floating dtype, which the result keeps."""
-        return F.layer_norm(x, self.weight.shape, self.weight, None, self.eps)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        normed = F.layer_norm(x.to(wide), self.weight.shape, self.weight.to(wide), None, self.eps)
+        return normed.to(x.dtype)
 
 
 class L2Norm(nn.Module):

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from palm_pytorch.ops import RelativeBias
+from palm_pytorch.ops.arguments import expect_integer
+from palm_pytorch.ops.attention.bias import bucket_starts
 
 
 class T5RelativeBias(nn.Module):
@@ -20,6 +22,8 @@ class T5RelativeBias(nn.Module):
         self, heads: int, num_buckets: int = 32, max_distance: int = 128, scale: float = 1.0
     ) -> None:
         super().__init__()
+        expect_integer("heads", heads)
+        bucket_starts(num_buckets, max_distance)  # refuses what gives no buckets
         self.max_distance, self.scale = max_distance, scale
         self.table = nn.Parameter(torch.empty(num_buckets, heads))
         self.reset_parameters()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from palm_pytorch.ops import rotate
+from palm_pytorch.ops.arguments import expect_number
 
 # xPos scales a dimension by at most (0.4 / 1.4) ** power on either side of the middle; past this power
 # float32 has no number for it.
@@ -38,7 +39,10 @@ class Rotary(nn.Module):
     def __init__(self, dim: int, base: float = 10000.0, xpos_scale_base: float | None = None) -> None:
         super().__init__()
         if dim < 2 or dim % 2:
-            raise ValueError(f"dim: rotary needs an even number of dims, got {dim}")
+            raise ValueError(f"dim: expected an even number of dims to turn in pairs, got {dim}")
+        expect_number("base", base, above=0)
+        if xpos_scale_base is not None:
+            expect_number("xpos_scale_base", xpos_scale_base, above=0)
         self.dim, self.base, self.xpos_scale_base = dim, base, xpos_scale_base
 
     def forward(self, positions: Tensor) -> tuple[RotaryTable, RotaryTable]:
@@ -53,10 +57,13 @@ class Rotary(nn.Module):
             table = RotaryTable(cos.to(device, torch.float32), sin.to(device, torch.float32))
             return table, table
         longest = int(2 * XPOS_MAX_POWER * self.xpos_scale_base)
-        if positions.shape[-1] > longest:
+        # To read positions would stall another device; there they are taken to be consecutive.
+        on_cpu = device.type == "cpu"
+        extent = int(positions.max() - positions.min()) + 1 if on_cpu else positions.shape[-1]
+        if extent > longest:
             raise ValueError(
                 f"positions: expected at most {longest}, as far as float32 reaches for xPos with scale base "
-                f"{self.xpos_scale_base}, got {positions.shape[-1]}"
+                f"{self.xpos_scale_base}, got {extent}"
             )
         # Scores depend on the difference of two powers, so any origin will do; the middle keeps them
         # smallest.
@@ -75,4 +82,6 @@ def apply_rotary(x: Tensor, table: RotaryTable) -> Tensor:
     Half-split: dim x turns with dim x + r / 2.
     """
     cos, sin = (t if t.dim() == 2 else t[:, None] for t in table)
+    if 2 * cos.shape[-1] > x.shape[-1]:
+        raise ValueError(f"table: turns {2 * cos.shape[-1]} dims, and x has only {x.shape[-1]}")
     return rotate(x, cos, sin)

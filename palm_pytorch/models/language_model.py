@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from palm_pytorch.layers.norm import L2Norm, LayerNorm, RMSNorm, make_norm
 from palm_pytorch.layers.relative_bias import T5RelativeBias
 from palm_pytorch.ops import linear_cross_entropy
+from palm_pytorch.ops.arguments import expect_integer, expect_number, expect_tensor
+from palm_pytorch.ops.attention import check_backend
 
 
 class LanguageModel(nn.Module):
@@ -73,9 +75,11 @@ class LanguageModel(nn.Module):
         With labels, logits are never held all at once.
         """
         check_tokens(tokens, self.config["num_tokens"], self.token_emb.weight.device)
-        if labels is not None and labels.shape != tokens.shape:
-            expected = tuple(tokens.shape)
-            raise ValueError(f"labels: expected the shape of tokens, {expected}, got {tuple(labels.shape)}")
+        if labels is not None:
+            expect_tensor("labels", labels)
+            if labels.shape != tokens.shape:
+                shapes = f"{tuple(tokens.shape)}, got {tuple(labels.shape)}"
+                raise ValueError(f"labels: expected the shape of tokens, {shapes}")
         hidden = self.hidden(tokens, **inputs)
         if labels is None:
             return F.linear(hidden, self.head_weight)
@@ -88,20 +92,16 @@ class LanguageModel(nn.Module):
 def check_config(config: dict[str, Any]) -> None:
     """Refuses constructor arguments that no model can be built with."""
     for name in ("num_tokens", "dim", "depth", "heads", "dim_head", "ff_mult", "kv_heads", "perceive_depth"):
-        value = config.get(name, 1)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name}: expected an integer, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+        expect_integer(name, config.get(name, 1))
     for name, value in config.items():
-        if "dropout" in name and not 0 <= value < 1:
-            raise ValueError(f"{name}: expected 0 <= {name} < 1, got {value}")
+        if "dropout" in name:
+            expect_number(name, value, least=0, below=1)
+    check_backend(config["attention_backend"])
 
 
 def check_tokens(tokens: Tensor, num_tokens: int, device: torch.device) -> None:
     """Refuses what is no batch of token ids; values are read on the CPU only: it stalls others."""
-    if not isinstance(tokens, Tensor):
-        raise TypeError(f"tokens: expected a tensor, got {type(tokens).__name__}")
+    expect_tensor("tokens", tokens)
     if tokens.dtype not in (torch.long, torch.int):
         raise TypeError(f"tokens: expected torch.long or torch.int, got {tokens.dtype}")
     if tokens.dim() != 2 or 0 in tokens.shape:

@@ -99,6 +99,10 @@ class PaLM(LanguageModel):
         attention_backend: str = "auto",
     ) -> None:
         super().__init__(locals())
+        if dim_head % 2:
+            raise ValueError(
+                f"dim_head: rotary turns pairs of dims, so expected an even number, got {dim_head}"
+            )
         self.rotary = Rotary(dim_head, xpos_scale_base=xpos_scale_base if xpos else None)
         self.layers = nn.ModuleList(
             ParallelBlock(

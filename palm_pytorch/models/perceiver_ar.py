@@ -24,6 +24,7 @@ from palm_pytorch.layers.feedforward import FeedForward
 from palm_pytorch.layers.norm import make_norm
 from palm_pytorch.layers.rotary import Rotary, RotaryTable
 from palm_pytorch.models.language_model import LanguageModel
+from palm_pytorch.ops.arguments import expect_integer, expect_mask
 
 
 class PerceiveBlock(nn.Module):
@@ -97,14 +98,20 @@ class PerceiverAR(LanguageModel):
     ) -> None:
         kv_heads = heads if kv_heads is None else kv_heads
         super().__init__(locals())
-        if not 1 <= cross_attn_seq_len < max_seq_len:
+        for name, length in (("max_seq_len", max_seq_len), ("cross_attn_seq_len", cross_attn_seq_len)):
+            expect_integer(name, length)
+        if cross_attn_seq_len >= max_seq_len:
             raise ValueError(
-                f"cross_attn_seq_len: expected 1 <= cross_attn_seq_len < max_seq_len={max_seq_len}, "
-                f"got {cross_attn_seq_len}"
+                f"cross_attn_seq_len: expected less than max_seq_len={max_seq_len}, got {cross_attn_seq_len}"
             )
         self.pos_emb = nn.Embedding(max_seq_len, dim)
         # Only part of each head turns, so that the rest can attend by content alone, at any distance.
-        self.rotary = Rotary(min(dim_head, max(32, dim_head // 2)))
+        if dim_head % 2:
+            raise ValueError(
+                f"dim_head: rotary turns pairs of dims, so expected an even number, got {dim_head}"
+            )
+        self.rotary = Rotary(min(dim_head, max(32, dim_head // 4 * 2)))
+        self.max_seq_len = max_seq_len
         self.prefix_len, self.prefix_dropout = cross_attn_seq_len, cross_attn_dropout
         shape: dict[str, Any] = {
             "norm": norm,
@@ -151,17 +158,11 @@ class PerceiverAR(LanguageModel):
         return prefix, kept, None if mask is None else mask.gather(1, kept)
 
     def _check(self, tokens: Tensor, prefix_mask: Tensor | None) -> None:
-        (b, n), longest = tokens.shape, self.pos_emb.num_embeddings
-        if not self.prefix_len < n <= longest:
+        b, n = tokens.shape
+        if not self.prefix_len < n <= self.max_seq_len:
             raise ValueError(
                 f"tokens: expected a length above cross_attn_seq_len={self.prefix_len} and at most "
-                f"max_seq_len={longest}, got {n}"
+                f"max_seq_len={self.max_seq_len}, got {n}"
             )
-        if prefix_mask is None:
-            return
-        if prefix_mask.dtype != torch.bool:
-            raise TypeError(f"prefix_mask: expected bool, got {prefix_mask.dtype}")
-        if prefix_mask.shape != (b, self.prefix_len):
-            raise ValueError(
-                f"prefix_mask: expected shape {(b, self.prefix_len)}, got {tuple(prefix_mask.shape)}"
-            )
+        if prefix_mask is not None:
+            expect_mask("prefix_mask", prefix_mask, (b, self.prefix_len))

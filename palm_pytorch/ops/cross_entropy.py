@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from palm_pytorch.ops.arguments import expect_floating, expect_integer, expect_number, expect_tensor
+
 # Logits held at a time: 64 MB in float32, plus as much for their gradient.
 MAX_LOGITS = 1 << 24
 
@@ -51,8 +53,9 @@ def linear_cross_entropy(
         chunk_tokens = max(1, MAX_LOGITS // weight.shape[0])
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    settings = (ignore_index, z_loss, chunk_tokens, dtype)
-    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, bias, labels.flatten(), settings)
+    # Inside a Function gradients look wanted even where they are switched off.
+    settings = (ignore_index, z_loss, chunk_tokens, dtype, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, bias, labels.flatten().long(), settings)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -63,17 +66,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        settings: tuple[int, float, int, torch.dtype],
+        settings: tuple[int, float, int, torch.dtype, bool],
     ) -> Tensor:
-        ignore_index, z_loss, chunk_tokens, dtype = settings
+        ignore_index, z_loss, chunk_tokens, dtype, grads = settings
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_hidden, needs_weight, needs_bias = (grads and needed for needed in ctx.needs_input_grad[:3])
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         d_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs_bias else None
 
         counts = labels != ignore_index
-        per_label = 1 / counts.sum().clamp(min=1).to(wide)
         weight_cast = weight.to(dtype)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, len(hidden), chunk_tokens):
@@ -83,14 +85,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if bias is not None:
                 logits += bias
             label = labels[rows].where(counts[rows], 0)[:, None]
-            share = counts[rows, None] * per_label
+            count = counts[rows, None]
             log_z = logits.logsumexp(dim=-1, keepdim=True)
-            total += ((log_z - logits.gather(1, label) + z_loss * log_z**2) * share).sum()
+            total += ((log_z - logits.gather(1, label) + z_loss * log_z**2) * count).sum()
 
-            if not any(ctx.needs_input_grad):
+            if not (needs_hidden or needs_weight or needs_bias):
                 continue
-            d_logits = logits.sub_(log_z).exp_().mul_((1 + 2 * z_loss * log_z) * share)
-            d_logits.scatter_add_(1, label, -share)
+            d_logits = logits.sub_(log_z).exp_().mul_((1 + 2 * z_loss * log_z) * count)
+            d_logits.scatter_add_(1, label, -count.to(wide))
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
             d_logits = d_logits.to(dtype)
@@ -98,19 +100,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 d_hidden[rows] = d_logits @ weight_cast
             if d_weight is not None:
                 d_weight += d_logits.T @ hidden_cast
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        # Gradients are kept as those of the sum: the mean's may be too small for a half precision.
+        per_label = 1 / counts.sum().clamp(min=1).to(wide)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias, per_label)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        return total
+        return total * per_label
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        d_hidden, d_weight, d_bias, per_label = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
+        factor = grad * per_label
         return (
-            None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype),
-            None if d_weight is None else (d_weight * grad).to(weight_dtype),
-            None if d_bias is None else (d_bias * grad).to(bias_dtype),
+            None if d_hidden is None else d_hidden * factor,
+            None if d_weight is None else (d_weight * factor).to(weight_dtype),
+            None if d_bias is None else (d_bias * factor).to(bias_dtype),
             None,
             None,
         )
@@ -125,6 +130,9 @@ def _check(
     z_loss: float,
     chunk_tokens: int | None,
 ) -> None:
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        expect_floating(name, tensor)
+    expect_tensor("labels", labels)
     if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             "hidden, weight: expected (..., c) and (v, c), "
@@ -134,14 +142,14 @@ def _check(
         raise ValueError(f"bias: expected shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels: expected shape {tuple(hidden.shape[:-1])}, got {tuple(labels.shape)}")
-    if labels.dtype != torch.long:
-        raise TypeError(f"labels: expected torch.long, got {labels.dtype}")
-    if labels.device != hidden.device:
-        raise ValueError(f"labels: expected the device of hidden, {hidden.device}, got {labels.device}")
-    if z_loss < 0:
-        raise ValueError(f"z_loss: expected a weight >= 0, got {z_loss}")
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens: expected at least 1, got {chunk_tokens}")
+    if labels.dtype not in (torch.long, torch.int):
+        raise TypeError(f"labels: expected torch.long or torch.int, got {labels.dtype}")
+    for name, argument in {"weight": weight, "bias": bias, "labels": labels}.items():
+        if argument is not None and argument.device != hidden.device:
+            raise ValueError(f"{name}: expected the device of hidden, {hidden.device}, got {argument.device}")
+    expect_number("z_loss", z_loss, least=0)
+    if chunk_tokens is not None:
+        expect_integer("chunk_tokens", chunk_tokens)
     if labels.device.type == "cpu" and labels.numel():
         counted = labels[labels != ignore_index]
         if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < weight.shape[0]:

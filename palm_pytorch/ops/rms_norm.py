@@ -28,15 +28,15 @@ class _RMSNorm(torch.autograd.Function):
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) ** 2 / x.shape[-1]
         inverse = (mean_square + eps).rsqrt()
         ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).mul_(weight).to(x.dtype)
+        return (wide * inverse).mul_(weight.to(wide.dtype)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
         wide = torch.promote_types(x.dtype, torch.float32)
         normed, grad = x.to(wide) * inverse, grad.to(wide)
-        d_weight = (grad * normed).flatten(0, -2).sum(0)
-        grad = grad * weight
+        d_weight = (grad * normed).reshape(-1, x.shape[-1]).sum(0)
+        grad = grad * weight.to(wide)
         along = (grad * normed).mean(dim=-1, keepdim=True)
         dx = torch.addcmul(grad, normed, along, value=-1).mul_(inverse)
         return dx.to(x.dtype), d_weight.to(weight.dtype), None

@@ -6,7 +6,7 @@ Shapes: b batch; h query heads; g key/value heads; i, j query and key length; d 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -23,7 +23,7 @@ from palm_pytorch.ops.attention import BACKENDS
 
 blockwise_module = importlib.import_module("palm_pytorch.ops.attention.blockwise")
 
-backends = pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+backends = pytest.mark.parametrize("backend", BACKENDS)
 
 #        b, h, g, i, j, d
 SIZES = [
@@ -122,20 +122,51 @@ class Problem:
         return {"out": out.detach(), **dict(zip(("dq", "dk", "dv", "dtable"), grads, strict=False))}
 
 
+@dataclass(frozen=True)
+class Exact:
+    """The definition in float64, on inputs as they are after rounding to a dtype.
+
+    size: of each result, what its error is a share of; where a gradient cancels to nearly nothing, that is a
+    share of what cancels.
+    """
+
+    results: dict[str, Tensor]
+    size: dict[str, float]
+
+    def errors(self, found: dict[str, Tensor]) -> dict[str, float]:
+        return {
+            name: rms(value.cpu().double() - self.results[name]) / self.size[name]
+            for name, value in found.items()
+        }
+
+
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
 @cache
-def exact(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The definition in float64, on inputs as they are after rounding to dtype."""
+def exact(case: Case, dtype: torch.dtype) -> Exact:
     problem = Problem.of(case, dtype)
-    problem.q, problem.k, problem.v, problem.grad = (
+    q, k, v, grad = (
         t.detach().double().requires_grad_() for t in (problem.q, problem.k, problem.v, problem.grad)
     )
-    bias, (i, j) = None, case.size[3:5]
+    leaves, bias, (i, j) = [q, k, v], None, case.size[3:5]
     if problem.slopes is not None:
         bias = alibi_bias(problem.slopes.double(), i, j)
-    elif problem.table is not None:
-        problem.table = problem.table.detach().double().requires_grad_()
-        bias = t5_bias(problem.table, *T5[str(case.bias)][1:], i, j)
-    return problem.named(plain_attention(problem.q, problem.k, problem.v, bias=bias, **problem.options))
+    if problem.table is not None:
+        table = problem.table.detach().double().requires_grad_()
+        bias = t5_bias(table, *T5[str(case.bias)][1:], i, j)
+        leaves += [table, bias]
+    out = plain_attention(q, k, v, bias=bias, **problem.options)
+    grads = torch.autograd.grad(out, leaves, grad)
+    results = {"out": out.detach(), **dict(zip(("dq", "dk", "dv", "dtable"), grads, strict=False))}
+    size = {name: max(rms(result), 1e-3) for name, result in results.items()}
+    for name in ("dq", "dk"):
+        size[name] = max(size[name], 0.03 * size["dv"])
+    if bias is not None and problem.table is not None:
+        (summed,) = torch.autograd.grad(t5_bias(table, *T5[str(case.bias)][1:], i, j), table, grads[-1].abs())
+        size["dtable"] = max(size["dtable"], 0.1 * rms(summed))
+    return Exact(results, size)
 
 
 @cache
@@ -144,7 +175,7 @@ def errors(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") ->
     for name, value in found.items():
         assert value.dtype == dtype, name
         assert value.isfinite().all(), name
-    return {name: error(value.cpu(), exact(case, dtype)[name]) for name, value in found.items()}
+    return exact(case, dtype).errors(found)
 
 
 # The definition itself, by hand
@@ -165,15 +196,15 @@ def test_definition_on_paper() -> None:
 
 
 @backends
-@pytest.mark.parametrize("case", cases(SIZES, BIASES, MASKS), ids=str)
+@pytest.mark.parametrize("case", cases(SIZES, [None, "alibi", "t5", "t5-other"], [None, "keys"]), ids=str)
 def test_float32_agrees_with_the_definition(case: Case, backend: str) -> None:
     found = errors(case, torch.float32, backend)
-    assert max(found.values()) <= 2e-5, found
+    assert max(found.values()) <= 1e-5, found
 
 
-HALF_CASES = cases(SIZES, BIASES, [None, "keys", "documents"]) + [
-    Case((1, 3, 1, 129, 129, 80), bias=bias, mask="keys-far") for bias in ("alibi", "t5-scaled")
-]
+# Enough keys, queries and buckets for the ratio of two rounding errors to mean something.
+HALF_SIZES = [SIZES[n] for n in (1, 2, 4, 5)]
+HALF_CASES = cases(HALF_SIZES, [None, "alibi", "t5", "t5-scaled"], [None, "keys-far"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -184,8 +215,16 @@ def test_half_precision_errs_at_most_twice_as_much_as_the_reference(
 ) -> None:
     found, allowed = errors(case, dtype, backend), errors(case, dtype, "reference")
     rounding = torch.finfo(dtype).eps
-    assert all(found[name] <= 2 * allowed[name] + rounding / 8 for name in found), (found, allowed)
-    assert max(allowed.values()) <= 16 * rounding, allowed
+    assert all(found[name] <= 2 * allowed[name] + rounding / 4 for name in found), (found, allowed)
+    assert max(allowed.values()) <= 4 * rounding, allowed
+
+
+@pytest.mark.parametrize("bias", [None, "alibi", "t5"])
+def test_auto_is_one_of_the_backends(bias: str | None) -> None:
+    case = Case((2, 3, 1, 33, 33, 16), bias=bias)
+    named = [Problem.of(case, torch.float32).solve(case, backend) for backend in BACKENDS]
+    auto = Problem.of(case, torch.float32).solve(case, "auto")
+    assert any(all(torch.equal(auto[name], results[name]) for name in auto) for results in named)
 
 
 @backends
@@ -199,18 +238,18 @@ def test_grouped_heads_use_neighbouring_queries(backend: str, causal: bool) -> N
 
 
 @backends
-@pytest.mark.parametrize("scale", [1.0, 0.01, -0.3, 0.0])
+@pytest.mark.parametrize("scale", [1.0, 0.01, 30.0])
 @pytest.mark.parametrize("bias", [None, "alibi", "t5"])
 def test_scale(backend: str, scale: float, bias: str | None) -> None:
     found = errors(Case((2, 3, 1, 17, 17, 16), bias=bias, scale=scale), torch.float32, backend)
-    assert max(found.values()) <= 2e-5, found
+    assert max(found.values()) <= 1e-5 * max(1, scale), found
 
 
 @backends
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_alibi_under_a_small_scale(backend: str, dtype: torch.dtype) -> None:
     """With scale 1 / d, ALiBi's part of the scores is large beside q k^T before scaling."""
-    case = Case((1, 1, 1, 1000, 1000, 128), bias="alibi", scale=1 / 128)
+    case = Case((1, 1, 1, 1100, 1100, 128), bias="alibi", scale=1 / 128)
     found, allowed = errors(case, dtype, backend), errors(case, dtype, "reference")
     assert all(found[name] <= 2 * allowed[name] + 1e-4 for name in found), (found, allowed)
 
@@ -225,10 +264,11 @@ def test_contiguous_inputs_and_an_expanded_gradient(backend: str) -> None:
     problem.q, problem.k, problem.v = (
         t.detach().contiguous().requires_grad_() for t in (problem.q, problem.k, problem.v)
     )
+    assert definition.table is not None
     bias = t5_bias(definition.table, 128, 1.0, 33, 33)
     wanted = definition.named(plain_attention(definition.q, definition.k, definition.v, bias=bias))
     for name, value in problem.solve(case, backend).items():
-        assert error(value, wanted[name]) <= 1e-11, name
+        assert error(value, wanted[name]) <= 1e-12, name
 
 
 @backends
@@ -263,7 +303,9 @@ def test_a_query_without_keys_gives_zeros_and_takes_no_gradient(
     for name in ("out", "dq"):
         rows = found[name].transpose(1, 2)
         assert (rows[blind] == 0).all(), name
-        assert (rows[~blind] != 0).any(dim=-1).any(dim=-1).sum() >= (~blind).sum() - 1, name  # a lone key has dq 0
+        assert (rows[~blind] != 0).any(dim=-1).any(dim=-1).sum() >= (~blind).sum() - 1, (
+            name
+        )  # a lone key has dq 0
     for name in ("dk", "dv"):
         assert (found[name][0, :, :2] == 0).all() and (found[name][1] == 0).all(), name
         assert found[name][0, :, 2:].isfinite().all()
@@ -318,6 +360,7 @@ def test_blockwise_memory_does_not_grow_with_the_square(
     monkeypatch: pytest.MonkeyPatch, bias: str | None, mask: str | None
 ) -> None:
     monkeypatch.setitem(blockwise_module.MAX_SCORES, "cpu", 1 << 14)
+    monkeypatch.setattr(blockwise_module, "MAX_KEPT", 0)
     n = 1000
     case = Case((1, 3, 1, n, n, 16), bias=bias, mask=mask)
     problem = Problem.of(case, torch.float32)
@@ -330,7 +373,7 @@ def test_blockwise_memory_does_not_grow_with_the_square(
 def test_far_reaching_relative_bias_costs_no_more_than_the_keys_there_are(i: int) -> None:
     """T5's `max_distance` may lie far beyond the sequence."""
     q, k, v = torch.randn(2, 4, i, 8), torch.randn(2, 1, 64, 8), torch.randn(2, 1, 64, 8)
-    bias = RelativeBias(torch.randn(32, 4, requires_grad=True), max_distance=100_000)
+    bias = RelativeBias(torch.randn(32, 4, requires_grad=True), max_distance=20_000)
     with LargestTensor() as largest:
         attention(q, k, v, bias=bias, backend="blockwise").sum().backward()
     assert largest.numel <= 2 * 4 * 128 * 300 * 4
@@ -341,27 +384,45 @@ def test_far_reaching_relative_bias_costs_no_more_than_the_keys_there_are(i: int
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of three queries, one key/value head at a time."""
+    """Blocks of three queries, one key/value head at a time, no weights kept for backward."""
     monkeypatch.setattr(blockwise_module, "MAX_ROWS", 3)
+    monkeypatch.setattr(blockwise_module, "MAX_KEPT", 0)
     monkeypatch.setitem(blockwise_module.MAX_SCORES, "cpu", 1)
     torch_backends = importlib.import_module("palm_pytorch.ops.attention.torch_backends")
     monkeypatch.setattr(torch_backends, "ALIBI_QUERIES", 3)
 
 
-SMALL_SIZES = [(2, 3, 1, 17, 17, 16), (2, 4, 2, 7, 30, 8), (2, 4, 4, 30, 7, 8), (3, 2, 2, 3, 3, 8)]
+SMALL_SIZES = [(2, 3, 1, 17, 17, 16), (2, 4, 2, 7, 20, 8), (3, 2, 2, 20, 7, 8)]
+
+
+SMALL_CASES = cases(SMALL_SIZES, [None, "alibi", "t5", "t5-other"], MASKS)
 
 
 @pytest.mark.parametrize("backend", ["blockwise", "sdpa"])
-@pytest.mark.parametrize("case", cases(SMALL_SIZES, BIASES, MASKS), ids=str)
+@pytest.mark.parametrize("case", SMALL_CASES, ids=str)
 def test_many_small_blocks_agree_with_the_definition(case: Case, backend: str, small_blocks: None) -> None:
-    for name, value in Problem.of(case).solve(case, backend).items():
-        assert error(value, exact(case, torch.float64)[name]) <= 1e-12, name
+    found = errors(case, torch.float64, backend)
+    assert max(found.values()) <= 1e-12, found
 
 
-@pytest.mark.parametrize("bias", [None, "alibi", "t5-scaled"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("bias", BIASES[:3])
+def test_weights_are_the_same_kept_or_computed_again(
+    bias: str | None, dropout_p: float, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case((2, 4, 2, 17, 17, 8), bias=bias, mask="keys+documents")
+    results = []
+    for most in (0, 1 << 20):
+        monkeypatch.setattr(blockwise_module, "MAX_KEPT", most)
+        problem = Problem.of(case, torch.float32)
+        results.append(problem.solve(case, "blockwise", dropout_p=dropout_p))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("bias", [None, "alibi", "t5"])
 def test_half_precision_gradients_survive_many_blocks(bias: str | None, small_blocks: None) -> None:
     """Sums over blocks in bfloat16 would stop growing after some hundred."""
-    case = Case((1, 3, 1, 600, 600, 16), bias=bias)
+    case = Case((1, 3, 1, 400, 400, 16), bias=bias)
     problem = Problem.of(case, torch.bfloat16)
     problem.grad = torch.ones_like(problem.grad)
     plain = Problem.of(case, torch.bfloat16)
@@ -374,11 +435,14 @@ def test_half_precision_gradients_survive_many_blocks(bias: str | None, small_bl
         wide.table = wide.table.detach().double().requires_grad_()
     truth, reference = wide.solve(case, "reference"), plain.solve(case, "reference")
     for name, value in problem.solve(case, "blockwise").items():
-        assert error(value, truth[name]) <= 2 * error(reference[name], truth[name]) + 1e-3, name
+        assert error(value, truth[name]) <= 2 * error(reference[name], truth[name]) + 2e-3, name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", cases([(2, 4, 2, 5, 5, 3), (1, 2, 1, 3, 6, 3)], BIASES[:3], MASKS[:2]), ids=str)
+GRADCHECK_CASES = cases([(2, 2, 1, 3, 3, 2), (1, 2, 2, 2, 4, 2)], [None, "alibi", "t5-two"], [None, "keys"])
+
+
+@backends
+@pytest.mark.parametrize("case", GRADCHECK_CASES, ids=str)
 def test_gradcheck(case: Case, backend: str) -> None:
     problem = Problem.of(case)
     if problem.table is None:
@@ -387,20 +451,20 @@ def test_gradcheck(case: Case, backend: str) -> None:
         bias, inputs = None, [*problem.leaves[:3], problem.table]
 
     def call(q: Tensor, k: Tensor, v: Tensor, *table: Tensor) -> Tensor:
-        learned = RelativeBias(table[0], *T5["t5"][1:]) if table else bias
+        learned = RelativeBias(table[0], *T5["t5-two"][1:]) if table else bias
         return attention(q, k, v, bias=learned, backend=backend, **problem.options)
 
     torch.autograd.gradcheck(call, inputs)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "blockwise"])
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     b=st.integers(1, 3),
     g=st.integers(1, 3),
     repeats=st.integers(1, 3),
-    i=st.integers(1, 40),
-    j=st.integers(1, 40),
+    i=st.integers(1, 20),
+    j=st.integers(1, 20),
     d=st.integers(1, 20),
     causal=st.booleans(),
     bias=st.sampled_from(BIASES),
@@ -412,8 +476,8 @@ def test_any_shape_and_option(
     if "documents" in str(options["mask"]):
         i = j
     case = Case((b, g * repeats, g, i, j, d), **options)
-    for name, value in Problem.of(case).solve(case, backend).items():
-        assert error(value, exact(case, torch.float64)[name]) <= 1e-11, name
+    found = errors(case, torch.float64, backend)
+    assert max(found.values()) <= 1e-12, found
 
 
 # Dropout
@@ -459,14 +523,14 @@ def test_dropout_drops_the_same_weights_backward(backend: str, small_blocks: Non
 
 
 @backends
-@pytest.mark.parametrize("bias", ["alibi", "t5"])
+@pytest.mark.parametrize("bias", ["alibi", "t5-two"])
 def test_gradcheck_with_dropout(backend: str, bias: str, small_blocks: None) -> None:
-    case = Case((1, 2, 1, 7, 7, 3), bias=bias)
+    case = Case((1, 2, 1, 5, 5, 2), bias=bias)
     problem = Problem.of(case)
 
     def call(q: Tensor, k: Tensor, v: Tensor, *table: Tensor) -> Tensor:
         torch.manual_seed(0)
-        learned = RelativeBias(table[0], *T5["t5"][1:]) if table else problem.bias(case)
+        learned = RelativeBias(table[0], *T5["t5-two"][1:]) if table else problem.bias(case)
         return attention(q, k, v, bias=learned, dropout_p=0.3, backend=backend)
 
     torch.autograd.gradcheck(call, problem.leaves)
@@ -507,16 +571,22 @@ def test_autocast_computes_in_its_dtype(backend: str) -> None:
 
 
 @backends
+def test_autocast_leaves_float64_alone_as_a_matrix_product_does(backend: str) -> None:
+    q, kv = torch.randn(1, 2, 5, 8, dtype=torch.float64), torch.randn(1, 1, 5, 8, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(q, kv, kv, backend=backend).dtype == torch.matmul(q, q.mT).dtype == torch.float64
+
+
+@backends
 def test_backward_inside_autocast(backend: str) -> None:
-    """Forward outside autocast and backward inside, as in a loop that wraps everything around `backward()`."""
+    """Forward outside autocast and backward inside."""
     case = Case((2, 3, 1, 33, 33, 16), bias="t5")
     problem = Problem.of(case, torch.float32)
     out = attention(problem.q, problem.k, problem.v, bias=problem.bias(case), backend=backend)
     with torch.autocast("cpu", torch.bfloat16):
         found = problem.named(out)
-    for name, value in found.items():
-        assert value.dtype == torch.float32
-        assert error(value, exact(case, torch.float32)[name]) <= 2e-2, name
+    assert all(value.dtype == torch.float32 for value in found.values())
+    assert max(exact(case, torch.float32).errors(found).values()) <= 1e-2
 
 
 @backends
@@ -539,11 +609,11 @@ def test_bias_of_another_dtype(backend: str, dtype: torch.dtype, table_dtype: to
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@backends
 @pytest.mark.parametrize("case", cases(SIZES[1:6], ["alibi", "t5"], [None, "keys"]), ids=str)
 def test_on_a_gpu(case: Case, backend: str) -> None:
     found = errors(case, torch.float32, backend, "cuda")
-    assert max(found.values()) <= 2e-5, found
+    assert max(found.values()) <= 1e-5, found
     found, allowed = (errors(case, torch.bfloat16, name, "cuda") for name in (backend, "reference"))
     assert all(found[name] <= 2 * allowed[name] + 1e-3 for name in found), (found, allowed)
 
@@ -594,19 +664,25 @@ IDS = torch.zeros(2, 5, dtype=torch.long)
         ({"document_ids": MASK}, TypeError, "document_ids: .*bool"),
         ({"document_ids": 3}, TypeError, "document_ids: "),
         ({"document_ids": IDS[:, 1:]}, ValueError, r"document_ids: .*\(2, 4\)"),
-        ({"document_ids": IDS, "q": torch.randn(2, 4, 3, 8)}, ValueError, "document_ids: .*3 queries and 5 keys"),
+        (
+            {"document_ids": IDS, "q": torch.randn(2, 4, 3, 8)},
+            ValueError,
+            "document_ids: .*3 queries and 5 keys",
+        ),
         ({"document_ids": IDS.to("meta")}, ValueError, "document_ids: .*meta"),
         ({"dropout_p": -0.1}, ValueError, "dropout_p: .*-0.1"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p: .*1.0"),
         ({"dropout_p": float("nan")}, ValueError, "dropout_p: .*nan"),
         ({"dropout_p": "0.1"}, TypeError, "dropout_p: "),
         ({"scale": "large"}, TypeError, "scale: "),
+        ({"scale": 0.0}, ValueError, "scale: .*0"),
+        ({"scale": -0.1}, ValueError, "scale: .*-0.1"),
         ({"scale": float("nan")}, ValueError, "scale: .*nan"),
         ({"scale": float("inf")}, ValueError, "scale: .*inf"),
         ({"backend": "cudnn"}, ValueError, "backend: .*'cudnn'"),
         ({"backend": None}, (TypeError, ValueError), "backend: "),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_bad_input_is_refused_by_name(changes: dict[str, Any], kind: type[Exception], said: str) -> None:
     with pytest.raises(kind, match=rf"(^|\W){said}"):
@@ -614,30 +690,33 @@ def test_bad_input_is_refused_by_name(changes: dict[str, Any], kind: type[Except
 
 
 @pytest.mark.parametrize(
-    ("make", "kind", "said"),
+    ("bias", "arguments", "kind", "said"),
     [
-        (lambda: AlibiBias([0.5, 0.25]), TypeError, "slopes: "),
-        (lambda: AlibiBias(torch.ones(2, 2)), ValueError, r"slopes: .*\(2, 2\)"),
-        (lambda: AlibiBias(torch.ones(2, dtype=torch.long)), TypeError, "slopes: .*int64"),
-        (lambda: AlibiBias(torch.ones(2, requires_grad=True)), ValueError, "slopes: "),
-        (lambda: RelativeBias([[0.5]]), TypeError, "table: "),
-        (lambda: RelativeBias(torch.ones(32)), ValueError, r"table: .*\(32,\)"),
-        (lambda: RelativeBias(torch.ones(32, 2, dtype=torch.long)), TypeError, "table: .*int64"),
-        (lambda: RelativeBias(torch.ones(31, 2)), ValueError, "31"),
-        (lambda: RelativeBias(torch.ones(0, 2)), ValueError, "0"),
-        (lambda: RelativeBias(torch.ones(32, 2), max_distance=16), ValueError, "max_distance: .*16"),
-        (lambda: RelativeBias(torch.ones(32, 2), max_distance="far"), TypeError, "max_distance: "),
+        (AlibiBias, [[0.5, 0.25]], TypeError, "slopes: "),
+        (AlibiBias, [torch.ones(2, 2)], ValueError, r"slopes: .*\(2, 2\)"),
+        (AlibiBias, [torch.ones(2, dtype=torch.long)], TypeError, "slopes: .*int64"),
+        (AlibiBias, [torch.ones(2, requires_grad=True)], ValueError, "slopes: "),
+        (RelativeBias, [[[0.5]]], TypeError, "table: "),
+        (RelativeBias, [torch.ones(32)], ValueError, r"table: .*\(32,\)"),
+        (RelativeBias, [torch.ones(32, 2, dtype=torch.long)], TypeError, "table: .*int64"),
+        (RelativeBias, [torch.ones(31, 2)], ValueError, "31"),
+        (RelativeBias, [torch.ones(0, 2)], ValueError, "0"),
+        (RelativeBias, [torch.ones(32, 2), 16], ValueError, "max_distance: .*16"),
+        (RelativeBias, [torch.ones(32, 2), "far"], TypeError, "max_distance: "),
     ],
+    ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_bad_bias_is_refused_by_name(make: Any, kind: type[Exception], said: str) -> None:
+def test_bad_bias_is_refused_by_name(
+    bias: Any, arguments: list[Any], kind: type[Exception], said: str
+) -> None:
     with pytest.raises(kind, match=said):
-        make()
+        bias(*arguments)
 
 
 def test_a_call_leaves_its_inputs_alone() -> None:
     case = Case((2, 3, 1, 33, 33, 16), bias="t5", mask="keys+documents")
     for backend in BACKENDS:
         problem, untouched = Problem.of(case, torch.float32), Problem.of(case, torch.float32)
-        problem.solve(replace(case), backend)
+        problem.solve(case, backend)
         for name in ("q", "k", "v", "table", "grad"):
             assert torch.equal(getattr(problem, name), getattr(untouched, name)), (backend, name)

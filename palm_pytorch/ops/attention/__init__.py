@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.amp import is_autocast_available
 
+from palm_pytorch.ops.arguments import expect_floating, expect_mask, expect_number, expect_tensor
 from palm_pytorch.ops.attention.bias import AlibiBias, Bias, RelativeBias
 from palm_pytorch.ops.attention.blockwise import blockwise
 from palm_pytorch.ops.attention.reference import reference
@@ -44,7 +45,7 @@ def attention(
     key_mask: (b, j) bool, True where a key may be attended to.
     document_ids: (b, n) integers for n queries and as many keys; attention stays inside a document.
     dropout_p: share of the attention weights dropped, in [0, 1); the caller passes 0 outside training.
-    scale: factor on the scores; `d ** -0.5` if None.
+    scale: factor on the scores, above 0; `d ** -0.5` if None.
     backend: "auto", or one of `BACKENDS`. On a CPU "auto" is "blockwise", elsewhere "sdpa".
 
     Returns (b, h, i, d) in the dtype of q. A query that may see no key gives zeros. Softmax is in float32
@@ -53,14 +54,15 @@ def attention(
 
     Raises ValueError or TypeError naming the argument that does not fit.
     """
-    if is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    _check(q, k, v, bias, key_mask, document_ids, dropout_p, scale)
+    check_backend(backend)
+    device = q.device.type
+    # As for a matrix product, which leaves float64 alone.
+    if is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if backend == "auto":
-        backend = "blockwise" if q.device.type == "cpu" else "sdpa"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
-    _check(q, k, v, bias, key_mask, document_ids, dropout_p)
+        backend = "blockwise" if device == "cpu" else "sdpa"
     return BACKENDS[backend](
         q,
         k,
@@ -74,6 +76,12 @@ def attention(
     )
 
 
+def check_backend(backend: str) -> None:
+    """Raises ValueError unless `attention` knows the backend."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend: expected 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
+
+
 def _check(
     q: Tensor,
     k: Tensor,
@@ -82,7 +90,10 @@ def _check(
     key_mask: Tensor | None,
     document_ids: Tensor | None,
     dropout_p: float,
+    scale: float | None,
 ) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        expect_floating(name, tensor)
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(
             f"q, k: expected (batch, heads, length, dim_head), got {tuple(q.shape)} and {tuple(k.shape)}"
@@ -98,8 +109,6 @@ def _check(
         raise ValueError(f"q, k: expected no empty dimension, got {tuple(q.shape)} and {tuple(k.shape)}")
     if h % g:
         raise ValueError(f"k: expected a number of heads that divides the {h} of q, got {g}")
-    if not q.is_floating_point():
-        raise TypeError(f"q: expected a floating-point dtype, got {q.dtype}")
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {tensor.dtype}")
@@ -111,12 +120,10 @@ def _check(
             raise ValueError(f"bias: expected one for each of {h} heads, got {bias.per_head.shape[0]}")
         named["bias"] = bias.per_head
     if key_mask is not None:
-        if key_mask.dtype != torch.bool:
-            raise TypeError(f"key_mask: expected bool, got {key_mask.dtype}")
-        if key_mask.shape != (b, j_len):
-            raise ValueError(f"key_mask: expected shape {(b, j_len)}, got {tuple(key_mask.shape)}")
+        expect_mask("key_mask", key_mask, (b, j_len))
     if document_ids is not None:
-        if document_ids.is_floating_point():
+        expect_tensor("document_ids", document_ids)
+        if document_ids.is_floating_point() or document_ids.dtype == torch.bool:
             raise TypeError(f"document_ids: expected integers, got {document_ids.dtype}")
         if i_len != j_len or document_ids.shape != (b, j_len):
             raise ValueError(
@@ -126,5 +133,6 @@ def _check(
     for name, argument in named.items():
         if argument is not None and argument.device != q.device:
             raise ValueError(f"{name}: expected the device of q, {q.device}, got {argument.device}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p}")
+    expect_number("dropout_p", dropout_p, least=0, below=1)
+    if scale is not None:
+        expect_number("scale", scale, above=0)

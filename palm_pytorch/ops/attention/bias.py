@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from palm_pytorch.ops.arguments import expect_floating, expect_integer
+
 
 @dataclass(frozen=True)
 class AlibiBias:
@@ -22,6 +24,9 @@ class AlibiBias:
     slopes: Tensor
 
     def __post_init__(self) -> None:
+        expect_floating("slopes", self.slopes)
+        if self.slopes.dim() != 1:
+            raise ValueError(f"slopes: expected shape (heads,), got {tuple(self.slopes.shape)}")
         if self.slopes.requires_grad:
             raise ValueError("slopes: expected constants, got a tensor that requires grad")
 
@@ -48,6 +53,7 @@ class RelativeBias:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        expect_floating("table", self.table)
         if self.table.dim() != 2:
             raise ValueError(f"table: expected shape (buckets, heads), got {tuple(self.table.shape)}")
         bucket_starts(self.table.shape[0], self.max_distance)
@@ -83,9 +89,11 @@ def bucket_starts(num_buckets: int, max_distance: int) -> list[int]:
 
     Integer starts instead of a logarithm per distance: exact, whatever the dtype.
     """
+    expect_integer("num_buckets", num_buckets, least=2)
+    expect_integer("max_distance", max_distance)
     exact = num_buckets // 2
-    if num_buckets < 2 or num_buckets % 2:
-        raise ValueError(f"num_buckets: expected an even number >= 2, got {num_buckets}")
+    if num_buckets % 2:
+        raise ValueError(f"num_buckets: expected an even number, got {num_buckets}")
     if max_distance <= exact:
         raise ValueError(f"max_distance: expected more than num_buckets // 2 = {exact}, got {max_distance}")
     ratio = max_distance / exact

@@ -10,8 +10,8 @@ Backward, per block:  P again (or kept, where P is small), then  dP = dO V^T;  d
                       dQ = scale dS K;  dK += scale dS^T Q;  dV += P^T dO
 
 Keys ahead of the causal diagonal are hardly visited. What outlives a block is linear in the sequence, but for
-weights up to a fixed size. A bias is added only where it is not constant along the row, since softmax ignores
-the rest: ALiBi rides in extra features of the product itself, T5's buckets differ only near the diagonal.
+weights up to a fixed size. T5's bias is added only near the diagonal, where its buckets differ, since softmax
+ignores what is constant along a row.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from palm_pytorch.ops.attention.bias import AlibiBias, Bias, RelativeBias, alibi_features, bucket_starts
+from palm_pytorch.ops.attention.bias import AlibiBias, Bias, RelativeBias, bucket_starts
 
 # Most queries in a block, and most scores: on a CPU a few score blocks should fit in the last-level cache.
 MAX_ROWS = 128
@@ -56,7 +56,9 @@ def blockwise(
     """
     seed = int(torch.randint(1 << 62, ())) if dropout_p > 0 else 0
     per_head = None if bias is None else bias.per_head
-    call = _Call(causal, bias, key_mask, document_ids, dropout_p, seed, scale)
+    # Inside a Function gradients look wanted even where they are switched off.
+    keep = torch.is_grad_enabled() and q.numel() // q.shape[-1] * k.shape[2] <= MAX_KEPT
+    call = _Call(causal, bias, key_mask, document_ids, dropout_p, seed, scale, keep)
     return _Blockwise.apply(q, k, v, per_head, call)
 
 
@@ -68,6 +70,7 @@ class _Call(NamedTuple):
     dropout_p: float
     seed: int
     scale: float
+    keep: bool
 
 
 class _Block(NamedTuple):
@@ -90,11 +93,10 @@ class _Blockwise(torch.autograd.Function):
         scores = _Scores(q, k, per_head, call)
         values = rearrange(v, "b g j d -> (b g) j d").contiguous()
         out = torch.zeros_like(scores.q)
-        keep = any(ctx.needs_input_grad) and scores.t_len * scores.i_len * scores.r * scores.j_len <= MAX_KEPT
         kept: list[Tensor] = []
         for block in scores.blocks():
             weights = scores.weights(block)
-            if keep:
+            if call.keep:
                 kept.append(weights)
             weights = scores.dropped(block, weights).flatten(1, 2)
             rows = out[block.t, block.queries]
@@ -105,6 +107,12 @@ class _Blockwise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        # In the dtypes of forward, whatever surrounds the call of backward.
+        with torch.autocast(grad_out.device.type, enabled=False):
+            return _Blockwise.gradients(ctx, grad_out)
+
+    @staticmethod
+    def gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, per_head, *kept = ctx.saved_tensors
         call: _Call = ctx.call
         g = k.shape[1]
@@ -160,6 +168,7 @@ class _Scores:
     def __init__(self, q: Tensor, k: Tensor, per_head: Tensor | None, call: _Call) -> None:
         self.call = call
         self.g = k.shape[1]
+        self.wide = torch.promote_types(q.dtype, torch.float32)
         self.q, self.k = _queries_of(q, self.g), rearrange(k, "b g j d -> (b g) j d").contiguous()
         self.t_len, self.i_len, self.r, _ = self.q.shape
         self.j_len = self.k.shape[1]
@@ -169,20 +178,17 @@ class _Scores:
         self.seen_step = max(self.rows, -(-self.j_len // MAX_LENGTHS))
         if per_head is not None:
             # (t, r, ...): what each query head of each batch row carries
-            heads = rearrange(per_head.detach(), "(g r) ... -> g r ...", g=self.g)
+            heads = rearrange(per_head.detach().to(self.wide), "(g r) ... -> g r ...", g=self.g)
             per_head = heads.repeat(self.t_len // self.g, *[1] * (heads.dim() - 1))
             if isinstance(call.bias, AlibiBias):
                 self.slopes = per_head
-        if isinstance(call.bias, AlibiBias) and call.causal:
-            # Keys from as far behind a block's first query as there are, to the last that it is shown.
-            row, key = self._arange(0, self.rows), self._arange(-self.j_len, self.rows + self.seen_step)
-            query_features, self.k_features = alibi_features(self.slopes / call.scale, row, key, q.dtype)
-            self.q_features = query_features.transpose(0, 1)
         self.band: _Band | None = None
         if call.causal or isinstance(call.bias, RelativeBias):
             bias = call.bias if isinstance(call.bias, RelativeBias) else None
             ahead = self.rows + self.seen_step if call.causal else self.i_len + self.j_len
-            self.band = _Band(self.q, bias, per_head, rows=self.rows, ahead=ahead, causal=call.causal)
+            self.band = _Band(
+                self.q, bias, per_head, j_len=self.j_len, rows=self.rows, ahead=ahead, causal=call.causal
+            )
 
     def _arange(self, start: int, stop: int) -> Tensor:
         return torch.arange(start, stop, device=self.q.device)
@@ -205,22 +211,21 @@ class _Scores:
         call = self.call
         q, k = self.q[block.t, block.queries], self.k[block.t, : block.seen]
         rows = q.shape[1]
-        if isinstance(call.bias, AlibiBias) and call.causal:
-            features = self.k_features[self.j_len - block.position :][: block.seen]
-            q = torch.cat([q, self.q_features[block.t, :rows]], dim=-1)
-            k = torch.cat([k, features.expand(len(k), -1, -1)], dim=-1)
         scores = _product(q.flatten(1, 2), k.mT, call.scale).view(len(q), rows, self.r, block.seen)
-        if isinstance(call.bias, AlibiBias) and not call.causal:
+        if call.bias is not None:
+            # A bias may be large, and a half precision would round the score away beside it.
+            scores = scores.to(self.wide)
+        if isinstance(call.bias, AlibiBias):
             i = self._arange(block.position, block.position + rows)
-            distance = (i[:, None] - self._arange(0, block.seen)).abs()
-            scores -= self.slopes[block.t, None, :, None] * distance[:, None]
+            distance = (i[:, None] - self._arange(0, block.seen)).abs().to(self.wide)
+            scores.addcmul_(self.slopes[block.t, None, :, None], distance[:, None], value=-1)
         if self.band is not None:
             self.band.add_to(scores, block)
         if call.key_mask is None and call.document_ids is None:
-            return scores.softmax(dim=-1)
+            return scores.softmax(dim=-1).to(q.dtype)
         scores.masked_fill_(self._masked(block), float("-inf"))
         blind = scores.amax(dim=-1, keepdim=True) == float("-inf")
-        return scores.softmax(dim=-1).masked_fill_(blind, 0.0)
+        return scores.softmax(dim=-1).masked_fill_(blind, 0.0).to(q.dtype)
 
     def _masked(self, block: _Block) -> Tensor:
         """The keys that key mask and documents take away, (t, rows or 1, 1, seen)."""
@@ -256,12 +261,16 @@ class _Band:
         bias: RelativeBias | None,
         per_head: Tensor | None,
         *,
+        j_len: int,
         rows: int,
         ahead: int,
         causal: bool,
     ) -> None:
         self.bias = bias
-        self.reach = 0 if bias is None else bucket_starts(bias.table.shape[0], bias.max_distance)[-1]
+        # No key is further behind than there are keys.
+        self.reach = (
+            0 if bias is None else min(bucket_starts(bias.table.shape[0], bias.max_distance)[-1], j_len)
+        )
         row, column = torch.arange(rows, device=q.device), torch.arange(self.reach + ahead, device=q.device)
         distance = row[:, None] - column + self.reach
         values = torch.zeros(1, rows, 1, len(column), device=q.device)
@@ -271,7 +280,7 @@ class _Band:
             values = offsets[:, :, self.buckets].transpose(1, 2)
         if causal:
             values = values.masked_fill(distance[:, None] < 0, float("-inf"))
-        self.values = values.to(q.dtype).expand(len(q), -1, -1, -1)
+        self.values = (values.to(q.dtype) if bias is None else values).expand(len(q), -1, -1, -1)
         self.grad: Tensor | None = None
 
     def _columns(self, block: _Block) -> tuple[slice, slice]:
@@ -289,7 +298,7 @@ class _Band:
         if self.bias is None:
             return
         if self.grad is None:
-            self.grad = torch.zeros_like(self.values, dtype=torch.promote_types(grad.dtype, torch.float32))
+            self.grad = torch.zeros_like(self.values)
         keys, own = self._columns(block)
         self.grad[block.t, : grad.shape[1], :, own] += grad[..., keys]
 

@@ -14,9 +14,13 @@ from torch import Tensor
 from palm_pytorch.ops.attention.bias import AlibiBias, Bias, alibi_features
 from palm_pytorch.ops.attention.reference import visible_keys
 
-# ALiBi as a feature rounds scores at the size of the largest `slope * position`, so float32, where that would
-# show, is served in pieces of this many queries, each measuring positions from its own end.
+# ALiBi as a feature rounds scores at the size of the largest `slope * position`, so it is served in pieces of
+# this many queries, each measuring positions from its own end: float32 so that rounding does not show, half
+# precisions so that float16 has a number for it.
 ALIBI_QUERIES = 256
+ALIBI_QUERIES_HALF = 4096
+# Below this scale float16 has no number for `slope / scale` and its digits.
+ALIBI_LEAST_SCALE = 2**-6
 
 
 def sdpa(
@@ -36,8 +40,8 @@ def sdpa(
     in memory."""
     (i_len, d), j_len = q.shape[-2:], k.shape[2]
 
-    if causal and isinstance(bias, AlibiBias):
-        if q.dtype.itemsize >= 4 and i_len > ALIBI_QUERIES:
+    if causal and isinstance(bias, AlibiBias) and (q.dtype != torch.float16 or scale >= ALIBI_LEAST_SCALE):
+        if i_len > (ALIBI_QUERIES if q.dtype.itemsize >= 4 else ALIBI_QUERIES_HALF):
             return _in_pieces(q, k, v, key_mask, document_ids, bias=bias, dropout_p=dropout_p, scale=scale)
         q, k, v = _carry_alibi(q, k, v, bias, scale)
         bias = None
@@ -74,9 +78,9 @@ def sdpa(
 def _in_pieces(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, document_ids: Tensor | None, **options: Any
 ) -> Tensor:
-    """Causal attention, ALIBI_QUERIES queries at a time."""
+    """Causal attention, some queries at a time."""
     pieces: list[Tensor] = []
-    for rows in q.split(ALIBI_QUERIES, dim=2):
+    for rows in q.split(ALIBI_QUERIES if q.dtype.itemsize >= 4 else ALIBI_QUERIES_HALF, dim=2):
         done = sum(piece.shape[2] for piece in pieces)
         seen = k.shape[2] - q.shape[2] + done + rows.shape[2]
         if seen <= 0:
@@ -98,7 +102,8 @@ def _carry_alibi(
     eights).
     """
     queries, keys = (torch.arange(1 - t.shape[2], 1, device=t.device) for t in (q, k))
-    query, key = alibi_features(bias.slopes / scale, queries, keys, q.dtype)
+    slopes = bias.slopes.to(torch.promote_types(q.dtype, torch.float32)) / scale
+    query, key = alibi_features(slopes, queries, keys, q.dtype)
     padding = -(q.shape[-1] + key.shape[-1]) % 8
     query, key = (F.pad(t, (0, padding)) for t in (query.transpose(0, 1), key))
     q = torch.cat([q, query.expand(q.shape[0], -1, -1, -1)], dim=-1)

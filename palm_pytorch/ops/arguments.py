@@ -1,0 +1,47 @@
+"""Refusing arguments by name: a TypeError or ValueError that says what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def expect_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def expect_floating(name: str, value: Any) -> None:
+    expect_tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
+
+
+def expect_mask(name: str, value: Any, shape: tuple[int, ...]) -> None:
+    expect_tensor(name, value)
+    if value.dtype != torch.bool:
+        raise TypeError(f"{name}: expected bool, got {value.dtype}")
+    if value.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
+
+
+def expect_integer(name: str, value: Any, *, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def expect_number(
+    name: str, value: Any, *, least: float = -math.inf, above: float = -math.inf, below: float = math.inf
+) -> None:
+    """A finite number, `least <= value`, `above < value < below`."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not (least <= value and above < value < below):
+        bounds = {f"at least {least}": least, f"above {above}": above, f"below {below}": below}
+        words = [text for text, bound in bounds.items() if math.isfinite(bound)]
+        raise ValueError(f"{name}: expected a finite number {' and '.join(words)}, got {value}")

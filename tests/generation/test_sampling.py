@@ -1,0 +1,143 @@
+"""Filters against sets written out by hand, samples against the distribution they are drawn from."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from palm_pytorch.generation.sampling import sample, top_k_filter
+
+INF = math.inf
+
+
+def drawn(logits: list[float], times: int = 4000, **options: Any) -> list[float]:
+    """How often each token comes up."""
+    tokens = sample(torch.tensor(logits).expand(times, -1), **options)
+    return (tokens.bincount(minlength=len(logits)) / times).tolist()
+
+
+# top_k_filter
+
+
+def test_all_but_the_largest_are_hidden() -> None:
+    logits = torch.tensor([[1.0, 4.0, 2.0, 3.0], [-1.0, -4.0, -2.0, -3.0]])
+    assert top_k_filter(logits, 2).tolist() == [[-INF, 4.0, -INF, 3.0], [-1.0, -INF, -2.0, -INF]]
+    assert top_k_filter(logits, 1).tolist() == [[-INF, 4.0, -INF, -INF], [-1.0, -INF, -INF, -INF]]
+    for k in (4, 5, 1000):
+        assert torch.equal(top_k_filter(logits, k), logits)
+
+
+def test_ties_and_infinities() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [-INF, 2.0, -INF, -INF]])
+    assert top_k_filter(logits, 1).tolist() == [[-INF, 3.0, 3.0, -INF], [-INF, 2.0, -INF, -INF]]
+    assert top_k_filter(logits, 3).tolist() == [[1.0, 3.0, 3.0, -INF], [-INF, 2.0, -INF, -INF]]
+
+
+@pytest.mark.parametrize("k", [0, -1])
+def test_k_of_none_is_refused(k: int) -> None:
+    with pytest.raises(ValueError, match=f"k: .*{k}"):
+        top_k_filter(torch.zeros(1, 4), k)
+
+
+@given(st.lists(st.integers(-5, 5), min_size=1, max_size=30), st.integers(1, 40))
+def test_what_is_kept_is_at_least_as_large_as_what_is_not(values: list[int], k: int) -> None:
+    logits = torch.tensor([values], dtype=torch.float32)
+    filtered = top_k_filter(logits, k)
+    kept = filtered.isfinite()
+    assert kept.sum() >= min(k, len(values))
+    assert torch.equal(filtered[kept], logits[kept])
+    if not kept.all():
+        assert logits[~kept].max() < logits[kept].min()
+    assert (logits > logits[kept].min()).sum() < k
+
+
+# sample
+
+
+def test_frequencies_are_those_of_the_softmax() -> None:
+    """Logits of 0 and ln 3 are 1/4 and 3/4; at temperature 0.5, 1/10 and 9/10."""
+    logits = [0.0, math.log(3.0)]
+    assert drawn(logits)[0] == pytest.approx(0.25, abs=0.03)
+    assert drawn(logits, temperature=0.5)[0] == pytest.approx(0.10, abs=0.02)
+    assert drawn(logits, temperature=1e6)[0] == pytest.approx(0.50, abs=0.03)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0, 1e-10, 1e-45])
+def test_temperatures_near_zero_take_the_most_likely(temperature: float) -> None:
+    logits = torch.randn(50, 300) * 100
+    assert torch.equal(sample(logits, temperature=temperature), logits.argmax(dim=-1))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "filter_thres", "left"),
+    [
+        (256, 0.0, 256),
+        (256, 0.9, 25),  # the older projects' default and vocabulary
+        (100, 0.9, 10),  # 1 - 0.9 is less than 0.1
+        (10, 0.3, 7),
+        (10, 0.95, 1),  # half a token
+        (256, 0.999, 1),
+        (256, 1.0, 1),
+        (1, 0.9, 1),
+    ],
+)
+def test_filter_leaves_the_likeliest_share(tokens: int, filter_thres: float, left: int) -> None:
+    """Logits so close that every token left is drawn."""
+    order = torch.randperm(tokens)
+    logits = (-1e-3 * order).expand(20 * tokens + 100, -1)
+    found = sample(logits, filter_thres=filter_thres).unique()
+    assert found.tolist() == sorted(order.argsort()[:left].tolist())
+
+
+def test_tokens_that_are_ruled_out_are_never_drawn() -> None:
+    assert drawn([-INF, 0.0, -INF, 0.0])[::2] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes_and_shape(dtype: torch.dtype) -> None:
+    logits = torch.randn(5, 11, dtype=dtype)
+    before = logits.clone()
+    for temperature in (0.0, 0.7):
+        tokens = sample(logits, temperature=temperature, filter_thres=0.5)
+        assert tokens.shape == (5,) and tokens.dtype == torch.long
+        assert ((tokens >= 0) & (tokens < 11)).all()
+    assert torch.equal(logits, before)
+
+
+def test_half_precision_logits_keep_their_order_at_low_temperature() -> None:
+    """Divided in float16, 100 / 0.001 is infinite."""
+    logits = torch.tensor([[100.0, 101.0, 90.0]], dtype=torch.float16).expand(100, -1)
+    assert (sample(logits, temperature=1e-3) == 1).all()
+
+
+def test_rows_are_drawn_apart_and_follow_the_seed() -> None:
+    def tokens(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return sample(torch.zeros(100, 50))
+
+    assert len(tokens(0).unique()) > 20
+    assert torch.equal(tokens(0), tokens(0)) and not torch.equal(tokens(0), tokens(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "said"),
+    [
+        ({"temperature": -1.0}, ValueError, "temperature: .*-1.0"),
+        ({"temperature": math.nan}, ValueError, "temperature: .*nan"),
+        ({"temperature": INF}, ValueError, "temperature: .*inf"),
+        ({"temperature": "hot"}, TypeError, "temperature: .*hot"),
+        ({"filter_thres": -0.1}, ValueError, "filter_thres: .*-0.1"),
+        ({"filter_thres": 1.1}, ValueError, "filter_thres: .*1.1"),
+        ({"filter_thres": math.nan}, ValueError, "filter_thres: .*nan"),
+        ({"filter_thres": "most"}, TypeError, "filter_thres: .*most"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options: dict[str, Any], kind: type[Exception], said: str) -> None:
+    with pytest.raises(kind, match=said):
+        sample(torch.zeros(1, 4), **options)

@@ -1,0 +1,100 @@
+"""Norms against their formulas in float64; half precisions against the rounding of the exact result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from definitions import error, l2_norm, layer_norm, rms_norm
+from torch import Tensor, nn
+
+from palm_pytorch.layers import L2Norm, LayerNorm, RMSNorm
+from palm_pytorch.layers.norm import make_norm
+
+C = 24
+FORMULAS = [(RMSNorm, rms_norm), (LayerNorm, layer_norm), (L2Norm, l2_norm)]
+norms = pytest.mark.parametrize(("norm", "formula"), FORMULAS, ids=[n.__name__ for n, _ in FORMULAS])
+Norm = type[RMSNorm] | type[LayerNorm] | type[L2Norm]
+Formula = Callable[[Tensor, Tensor], Tensor]
+
+
+def with_gain(norm: Norm, dtype: torch.dtype) -> RMSNorm | LayerNorm | L2Norm:
+    module = norm(C).to(dtype)
+    nn.init.normal_(module.weight, mean=1.0)
+    return module
+
+
+@norms
+@pytest.mark.parametrize("shape", [(C,), (5, C), (2, 3, 1, C)], ids=str)
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e4])
+def test_formula_and_gradients(norm: Norm, formula: Formula, shape: tuple[int, ...], size: float) -> None:
+    module = with_gain(norm, torch.float64)
+    x = (torch.randn(shape, dtype=torch.float64) * size).requires_grad_()
+    leaves = [x, module.weight]
+    grad = torch.randn(shape, dtype=torch.float64)
+    found, wanted = module(x), formula(x, module.weight)
+    assert error(found, wanted) <= 1e-12
+    for a, b in zip(
+        torch.autograd.grad(found, leaves, grad), torch.autograd.grad(wanted, leaves, grad), strict=True
+    ):
+        assert error(a * size, b * size) <= 1e-10
+
+
+@norms
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_rounds_once(norm: Norm, formula: Formula, dtype: torch.dtype) -> None:
+    """Squares of 1,000 leave float16's range, and a mean of bfloat16 squares has 8 bits."""
+    module = with_gain(norm, dtype)
+    x = (torch.randn(500, C) * 1000 + 300).to(dtype).requires_grad_()
+    grad = torch.randn(500, C).to(dtype)
+    found = module(x)
+    wide, weight = x.detach().double().requires_grad_(), module.weight.detach().double().requires_grad_()
+    exact = formula(wide, weight)
+    assert found.dtype == dtype
+    ulp = torch.finfo(dtype).eps
+    assert ((found.double() - exact).abs() <= ulp * exact.abs() + ulp * 1e-2).all()
+    found_grads = torch.autograd.grad(found, [x, module.weight], grad)
+    exact_grads = torch.autograd.grad(exact, [wide, weight], grad.double())
+    assert error(found_grads[0] * 1000, exact_grads[0] * 1000) <= ulp
+    assert error(found_grads[1], exact_grads[1]) <= ulp
+
+
+@norms
+@pytest.mark.parametrize("gain", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.filterwarnings("error")
+def test_the_result_keeps_the_dtype_of_its_input(
+    norm: Norm, formula: Formula, dtype: torch.dtype, gain: torch.dtype
+) -> None:
+    module = with_gain(norm, gain)
+    x = torch.randn(5, C, dtype=dtype)
+    found = module(x)
+    assert found.dtype == dtype
+    assert error(found, formula(x.double(), module.weight.double())) <= 2 * torch.finfo(dtype).eps + 1e-6
+
+
+@norms
+def test_zeros_stay_zeros(norm: Norm, formula: Formula) -> None:
+    x = torch.zeros(2, C, requires_grad=True)
+    found = norm(C)(x)
+    assert (found == 0).all()
+    found.sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
+
+
+@norms
+def test_one_gain_and_no_bias(norm: Norm, formula: Formula) -> None:
+    module = norm(C)
+    assert {name: tuple(t.shape) for name, t in module.state_dict().items()} == {"weight": (C,)}
+    assert (module.weight == 1).all()
+    nn.init.zeros_(module.weight)
+    module.reset_parameters()
+    assert (module.weight == 1).all()
+
+
+def test_norm_by_name() -> None:
+    assert type(make_norm("rmsnorm", 3)) is RMSNorm
+    assert type(make_norm("layernorm", 3)) is LayerNorm
+    with pytest.raises(ValueError, match=r"norm: .*'batchnorm'"):
+        make_norm("batchnorm", 3)

@@ -1,0 +1,421 @@
+"""What holds for all four models: causality, loss, initialisation, precision, saving, bad input."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from definitions import error
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from palm_pytorch import LaMDA, PaLM, PaLMLite, PerceiverAR
+from palm_pytorch.ops import cross_entropy
+
+V = 37
+SHAPE: dict[str, Any] = {"num_tokens": V, "dim": 24, "depth": 2, "heads": 3, "dim_head": 16, "ff_mult": 2}
+LENGTHS = {"max_seq_len": 40, "cross_attn_seq_len": 9}
+MODELS: dict[type[nn.Module], dict[str, Any]] = {PaLM: {}, PaLMLite: {}, LaMDA: {}, PerceiverAR: LENGTHS}
+
+models = pytest.mark.parametrize("kind", MODELS, ids=[kind.__name__ for kind in MODELS])
+Kind = Callable[..., nn.Module]
+
+
+def build(kind: Kind, **options: Any) -> nn.Module:
+    return kind(**{**SHAPE, **MODELS[kind], **options})  # type: ignore[index]
+
+
+def random_tokens(n: int = 30) -> Tensor:
+    return torch.randint(V, (2, n))
+
+
+def first_prediction(kind: Kind) -> int:
+    """The first position that logits are given for."""
+    return LENGTHS["cross_attn_seq_len"] if kind is PerceiverAR else 0
+
+
+# Causality
+
+
+@models
+@torch.no_grad()
+def test_a_token_changes_the_logits_from_its_own_position_on(kind: Kind) -> None:
+    net, tokens, first = build(kind).double(), random_tokens(), first_prediction(kind)
+    before = net(tokens)
+    for position in (0, 5, 17, 29):
+        changed = tokens.clone()
+        changed[:, position] = (changed[:, position] + 1) % V
+        difference = (net(changed) - before).abs().amax(dim=-1)
+        assert (difference[:, : max(0, position - first)] <= 1e-13).all()
+        assert (difference[:, max(0, position - first) :] > 1e-9).all()
+
+
+@models
+@torch.no_grad()
+def test_order_matters(kind: Kind) -> None:
+    net, tokens = build(kind).double(), random_tokens()
+    swapped = tokens.clone()
+    swapped[:, [2, 4]] = tokens[:, [4, 2]]
+    swapped[:, 2] = (tokens[:, 4] + (tokens[:, 4] == tokens[:, 2])) % V
+    assert (net(swapped)[:, -1] - net(tokens)[:, -1]).abs().max() > 1e-9
+
+
+@models
+@torch.no_grad()
+def test_rows_do_not_see_each_other(kind: Kind) -> None:
+    net, tokens = build(kind).double(), random_tokens()
+    assert error(net(tokens)[:1], net(tokens[:1])) <= 1e-13
+
+
+@models
+@torch.no_grad()
+def test_calls_of_other_lengths_leave_nothing_behind(kind: Kind) -> None:
+    net, tokens = build(kind).double(), random_tokens()
+    fresh = {n: copy.deepcopy(net)(tokens[:, :n]) for n in (30, 12, 25)}
+    for n, expected in fresh.items():
+        assert torch.equal(net(tokens[:, :n]), expected)
+
+
+# Loss
+
+
+@models
+@pytest.mark.parametrize("ignore_index", [-100, 0])
+def test_loss_is_the_cross_entropy_of_the_logits(kind: Kind, ignore_index: int) -> None:
+    net, tokens, labels = build(kind).double(), random_tokens(), random_tokens()
+    labels[:, ::3] = ignore_index
+    found = net(tokens, labels=labels, ignore_index=ignore_index)
+    logits = net(tokens).flatten(0, 1)
+    counted = labels[:, first_prediction(kind) :].flatten()
+    wanted = F.cross_entropy(logits, counted, ignore_index=ignore_index)
+    assert found.shape == () and error(found, wanted) <= 1e-12
+    weights = dict(net.named_parameters())
+    gradients = (torch.autograd.grad(loss, list(weights.values())) for loss in (found, wanted))
+    for name, a, b in zip(weights, *gradients, strict=True):
+        assert error(a, b) <= 1e-9, name
+
+
+@models
+def test_z_loss(kind: Kind) -> None:
+    net, tokens, labels = build(kind).double(), random_tokens(), random_tokens()
+    log_z = net(tokens).logsumexp(dim=-1)
+    with_z, plain = net(tokens, labels=labels, z_loss=0.1), net(tokens, labels=labels)
+    assert error(with_z - plain, 0.1 * log_z.square().mean()) <= 1e-10
+
+
+@models
+def test_byte_zero_is_a_target_like_any_other(kind: Kind) -> None:
+    net, tokens = build(kind), random_tokens()
+    assert net(tokens, labels=torch.zeros_like(tokens)).item() > 0.1
+
+
+@models
+def test_loss_never_holds_all_logits(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and func._schema.name in ("aten::mm", "aten::addmm", "aten::bmm"):
+                self.numel = max(self.numel, result.numel())
+            return result
+
+    v = 5000
+    monkeypatch.setattr(cross_entropy, "MAX_LOGITS", 4 * v)
+    net, tokens = build(kind, num_tokens=v, dim=4), random_tokens()
+    with Largest() as largest:
+        net(tokens, labels=tokens).backward()
+    assert largest.numel <= 4 * v
+
+
+@models
+def test_every_parameter_learns(kind: Kind) -> None:
+    net = build(kind)
+    net(random_tokens(), labels=random_tokens()).backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert (parameter.grad != 0).any(), name
+
+
+@models
+def test_a_few_steps_learn_a_sequence_by_heart(kind: Kind) -> None:
+    net, tokens = build(kind), random_tokens()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = net(tokens[:, :-1], labels=tokens[:, 1:])
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[0] == pytest.approx(math.log(V), abs=0.3)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+# Initialisation
+
+
+@models
+def test_built_on_meta_then_initialised(kind: Kind) -> None:
+    with torch.device("meta"):
+        net = build(kind)
+    assert all(p.is_meta for p in net.parameters())
+    net.to_empty(device="cpu")
+    assert any(p.isnan().any() for p in net.parameters()), "memory should have been poisoned"
+    net.init_weights()  # type: ignore[operator]
+    assert all(p.isfinite().all() for p in net.parameters())
+    assert net(random_tokens(), labels=random_tokens()).item() == pytest.approx(math.log(V), abs=0.3)
+
+
+@models
+def test_weights_keep_the_scale_of_their_input(kind: Kind) -> None:
+    """Variance 1 / fan-in for kernels, standard deviation 0.02 for embeddings, gains of one."""
+    net = build(kind, dim=96, num_tokens=1000)
+    for name, p in net.named_parameters():
+        if p.dim() == 1:
+            assert (p == 1).all(), name
+        elif "emb" in name:
+            assert p.std().item() == pytest.approx(0.02, rel=0.1), name
+        elif "table" not in name:
+            assert p.std().item() == pytest.approx(p.shape[1] ** -0.5, rel=0.1), name
+
+
+@models
+def test_initialisation_follows_the_seed(kind: Kind) -> None:
+    torch.manual_seed(1)
+    first = build(kind).state_dict()
+    torch.manual_seed(1)
+    second = build(kind).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    third = build(kind).state_dict()
+    assert not torch.equal(first["token_emb.weight"], third["token_emb.weight"])
+
+
+@models
+def test_it_runs_on_meta(kind: Kind) -> None:
+    """For shapes without work."""
+    with torch.device("meta"):
+        net = build(kind)
+        logits = net(torch.zeros(2, 30, dtype=torch.long))
+    assert logits.is_meta and logits.shape == (2, 30 - first_prediction(kind), V)
+
+
+# Saving
+
+
+@models
+@pytest.mark.parametrize("options", [{}, {"norm": "layernorm", "tie_embeddings": False}], ids=str)
+def test_config_builds_the_same_shape_again(kind: Kind, options: dict[str, Any]) -> None:
+    net, tokens = build(kind, **options), random_tokens()
+    config = json.loads(json.dumps(net.config))
+    assert config == net.config
+    assert {**SHAPE, **MODELS[kind], **options}.items() <= config.items()  # type: ignore[index]
+    again = type(net)(**config)
+    assert again.config == config
+    again.load_state_dict(net.state_dict())
+    assert torch.equal(again(tokens), net(tokens))
+
+
+@models
+@pytest.mark.parametrize("tied", [True, False])
+def test_state_holds_parameters_and_nothing_else(kind: Kind, tied: bool) -> None:
+    net = build(kind, tie_embeddings=tied)
+    assert set(net.state_dict()) == {name for name, _ in net.named_parameters()}
+    heads = [name for name, p in net.named_parameters() if p.shape == (V, 24)]
+    assert len(heads) == (1 if tied else 2)
+
+
+@models
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["deepcopy", "pickle"]
+)
+def test_copies_are_whole_and_apart(kind: Kind, copied: Callable[[nn.Module], nn.Module]) -> None:
+    net, tokens = build(kind), random_tokens()
+    twin, before = copied(net), net(tokens)
+    assert torch.equal(twin(tokens), before)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    assert torch.equal(net(tokens), before)
+
+
+# Precision
+
+
+@models
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)], ids=str)
+def test_half_precision_models(kind: Kind, dtype: torch.dtype, tolerance: float) -> None:
+    """Logits of a model in half precision, and of one under autocast, against the same weights in float64."""
+    net, tokens = build(kind).to(dtype), random_tokens()
+    wide, single = copy.deepcopy(net).double(), copy.deepcopy(net).float()
+    exact = wide(tokens)
+    assert net(tokens).dtype == dtype
+    assert error(net(tokens), exact) <= tolerance
+    with torch.autocast("cpu", dtype):
+        assert error(single(tokens), exact) <= tolerance
+        loss = single(tokens, labels=tokens)
+    assert loss.dtype == torch.float32
+    assert abs(loss - wide(tokens, labels=tokens)).item() <= tolerance
+
+
+@models
+@pytest.mark.parametrize("way", ["model", "autocast"])
+def test_half_precision_gradients(kind: Kind, way: str) -> None:
+    net, tokens = build(kind).bfloat16(), random_tokens()
+    wide = copy.deepcopy(net).double()
+    wide(tokens, labels=tokens).backward()
+    if way == "autocast":
+        net = net.float()
+    with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        net(tokens, labels=tokens).backward()
+    for (name, a), b in zip(net.named_parameters(), wide.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None
+        assert a.grad.dtype == a.dtype
+        assert (a.grad.double() - b.grad).norm() <= 5e-2 * b.grad.norm() + 1e-4, name
+
+
+# Modes
+
+
+@models
+def test_dropout_is_for_training(kind: Kind) -> None:
+    names = ("attn_dropout", "ff_dropout") if kind in (PaLM, PaLMLite) else ("dropout",)
+    for name in names:
+        net, tokens = build(kind, **{name: 0.5}), random_tokens()
+        torch.manual_seed(0)
+        first = net(tokens)
+        assert not torch.equal(first, net(tokens)), name
+        torch.manual_seed(0)
+        assert torch.equal(first, net(tokens)), name
+        plain = build(kind)
+        plain.load_state_dict(net.state_dict())
+        assert torch.equal(net.eval()(tokens), plain(tokens)), name
+
+
+@models
+def test_int32_tokens(kind: Kind) -> None:
+    net, tokens = build(kind), random_tokens()
+    assert torch.equal(net(tokens.int()), net(tokens))
+    assert torch.equal(net(tokens.int(), labels=tokens.int()), net(tokens, labels=tokens))
+
+
+@models
+def test_tokens_and_labels_are_left_alone(kind: Kind) -> None:
+    net, tokens, labels = build(kind), random_tokens(), random_tokens()
+    before = tokens.clone(), labels.clone()
+    net(tokens, labels=labels).backward()
+    assert torch.equal(tokens, before[0]) and torch.equal(labels, before[1])
+
+
+# Bad input
+
+
+@models
+@pytest.mark.parametrize(
+    ("tokens", "error_type", "said"),
+    [
+        ([[1, 2, 3]], TypeError, "tokens: .*list"),
+        (None, TypeError, "tokens: .*NoneType"),
+        (torch.zeros(2, 30), TypeError, "tokens: .*float32"),
+        (torch.zeros(2, 30, dtype=torch.bool), TypeError, "tokens: .*bool"),
+        (torch.zeros(2, 30, dtype=torch.uint8), TypeError, "tokens: .*uint8"),
+        (torch.zeros(30, dtype=torch.long), ValueError, r"tokens: .*\(30,\)"),
+        (torch.zeros(1, 2, 30, dtype=torch.long), ValueError, r"tokens: .*\(1, 2, 30\)"),
+        (torch.zeros(2, 0, dtype=torch.long), ValueError, r"tokens: .*\(2, 0\)"),
+        (torch.zeros(0, 30, dtype=torch.long), ValueError, r"tokens: .*\(0, 30\)"),
+        (torch.full((2, 30), V), ValueError, r"tokens: .*\[0, 37\).*37"),
+        (torch.full((2, 30), -1), ValueError, "tokens: .*-1"),
+        (torch.zeros(2, 30, dtype=torch.long, device="meta"), ValueError, "tokens: .*meta"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_bad_tokens_are_refused_by_name(
+    kind: Kind, tokens: Any, error_type: type[Exception], said: str
+) -> None:
+    with pytest.raises(error_type, match=said):
+        build(kind)(tokens)
+
+
+@models
+@pytest.mark.parametrize(
+    ("labels", "error_type", "said"),
+    [
+        ([[1] * 30] * 2, TypeError, "labels: .*list"),
+        (torch.zeros(2, 29, dtype=torch.long), ValueError, r"labels: .*\(2, 30\).*\(2, 29\)"),
+        (torch.zeros(60, dtype=torch.long), ValueError, r"labels: .*\(60,\)"),
+        (torch.zeros(2, 30), TypeError, "labels: .*float32"),
+        (torch.full((2, 30), V), ValueError, "labels: .*37"),
+        (torch.full((2, 30), -1), ValueError, "labels: .*-1"),
+        (torch.zeros(2, 30, dtype=torch.long, device="meta"), ValueError, "labels: .*meta"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_bad_labels_are_refused_by_name(
+    kind: Kind, labels: Any, error_type: type[Exception], said: str
+) -> None:
+    with pytest.raises(error_type, match=said):
+        build(kind)(random_tokens(), labels=labels)
+
+
+@models
+@pytest.mark.parametrize("name", ["num_tokens", "dim", "depth", "heads", "dim_head", "ff_mult"])
+@pytest.mark.parametrize(
+    ("value", "error_type"),
+    [
+        (0, ValueError),
+        (-1, ValueError),
+        (2.0, TypeError),
+        ("8", TypeError),
+        (True, TypeError),
+        (None, TypeError),
+    ],
+)
+def test_bad_shapes_are_refused_by_name(
+    kind: Kind, name: str, value: Any, error_type: type[Exception]
+) -> None:
+    with pytest.raises(error_type, match=rf"^{name}: .*{value}"):
+        build(kind, **{name: value})
+
+
+@models
+@pytest.mark.parametrize(
+    ("arguments", "error_type", "said"),
+    [
+        ({"norm": "batchnorm"}, ValueError, "norm: .*'batchnorm'"),
+        ({"norm": None}, (ValueError, TypeError), "norm: .*None"),
+        ({"attention_backend": "cudnn"}, ValueError, "backend: .*'cudnn'"),
+        ({"surprise": 1}, TypeError, "surprise"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused_by_name(
+    kind: Kind, arguments: dict[str, Any], error_type: type[Exception], said: str
+) -> None:
+    with pytest.raises(error_type, match=said):
+        build(kind, **arguments)
+
+
+@models
+@pytest.mark.parametrize(
+    ("value", "error_type"),
+    [(1.0, ValueError), (-0.1, ValueError), (math.nan, ValueError), ("0.1", TypeError)],
+)
+def test_bad_dropout_is_refused_by_name(kind: Kind, value: Any, error_type: type[Exception]) -> None:
+    names = ("attn_dropout", "ff_dropout") if kind in (PaLM, PaLMLite) else ("dropout",)
+    for name in names:
+        with pytest.raises(error_type, match=rf"^{name}: .*{value}"):
+            build(kind, **{name: value})
+
+
+@models
+def test_unknown_inputs_are_refused_by_name(kind: Kind) -> None:
+    with pytest.raises(TypeError, match="surprise"):
+        build(kind)(random_tokens(), surprise=1)
