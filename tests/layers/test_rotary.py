@@ -104,7 +104,8 @@ def test_xpos_scores(n: int, scale_base: int, start: int) -> None:
 
 
 def test_xpos_for_positions_that_differ_by_row() -> None:
-    positions = torch.tensor([[0, 5, 9], [300, 400, 500]])
+    """However far apart the rows are."""
+    positions = torch.tensor([[0, 5, 9], [100_300, 100_400, 100_500]])
     q, k = torch.randn(2, 16)
     query, key = Rotary(16, xpos_scale_base=64)(positions)
     queries = apply_rotary(q.expand(2, 1, 3, 16), query)[:, 0].double()

@@ -173,6 +173,17 @@ def test_loss_scaling_keeps_float16_gradients_from_vanishing() -> None:
         assert error(f.double() / factor * t, x * t) <= 5e-3, name
 
 
+def test_sums_over_many_positions_stay_within_float16() -> None:
+    """A hidden feature of one sign and a frequent label: the sum over positions passes 65,504, its mean does
+    not.
+    """
+    hidden = torch.full((4096, 1), 30.0, dtype=torch.float16)
+    weight = torch.zeros(8, 1, dtype=torch.float16, requires_grad=True)
+    linear_cross_entropy(hidden, weight, torch.zeros(4096, dtype=torch.long)).backward()
+    assert weight.grad is not None
+    assert weight.grad.flatten().tolist() == pytest.approx([-30 * 7 / 8] + [30 / 8] * 7, rel=1e-2)
+
+
 def test_sums_over_many_chunks_stay_exact_in_bfloat16() -> None:
     """A bfloat16 running sum stops growing after some hundred terms of one size."""
     hidden = torch.ones(600, 1, dtype=torch.bfloat16)
