@@ -58,8 +58,9 @@ class Rotary(nn.Module):
             return table, table
         longest = int(2 * XPOS_MAX_POWER * self.xpos_scale_base)
         # To read positions would stall another device; there they are taken to be consecutive.
-        on_cpu = device.type == "cpu"
-        extent = int(positions.max() - positions.min()) + 1 if on_cpu else positions.shape[-1]
+        extent = positions.shape[-1]
+        if device.type == "cpu":
+            extent = int((positions.amax(dim=-1) - positions.amin(dim=-1)).max()) + 1
         if extent > longest:
             raise ValueError(
                 f"positions: expected at most {longest}, as far as float32 reaches for xPos with scale base "

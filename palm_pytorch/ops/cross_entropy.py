@@ -95,11 +95,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_logits.scatter_add_(1, label, -count.to(wide))
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
-            d_logits = d_logits.to(dtype)
-            if d_hidden is not None:
-                d_hidden[rows] = d_logits @ weight_cast
             if d_weight is not None:
-                d_weight += d_logits.T @ hidden_cast
+                # A sum over positions may leave float16's range.
+                inner = wide if dtype == torch.float16 else dtype
+                d_weight += d_logits.T.to(inner) @ hidden_cast.to(inner)
+            if d_hidden is not None:
+                d_hidden[rows] = d_logits.to(dtype) @ weight_cast
         # Gradients are kept as those of the sum: the mean's may be too small for a half precision.
         per_label = 1 / counts.sum().clamp(min=1).to(wide)
         ctx.save_for_backward(d_hidden, d_weight, d_bias, per_label)

@@ -41,7 +41,7 @@ def sdpa(
     (i_len, d), j_len = q.shape[-2:], k.shape[2]
 
     if causal and isinstance(bias, AlibiBias) and (q.dtype != torch.float16 or scale >= ALIBI_LEAST_SCALE):
-        if i_len > (ALIBI_QUERIES if q.dtype.itemsize >= 4 else ALIBI_QUERIES_HALF):
+        if i_len > _alibi_queries(q.dtype, scale):
             return _in_pieces(q, k, v, key_mask, document_ids, bias=bias, dropout_p=dropout_p, scale=scale)
         q, k, v = _carry_alibi(q, k, v, bias, scale)
         bias = None
@@ -75,12 +75,18 @@ def sdpa(
     return (out if blind is None else out.masked_fill(blind, 0.0))[..., :d]
 
 
+def _alibi_queries(dtype: torch.dtype, scale: float) -> int:
+    if dtype == torch.float16:  # `slope * queries / scale` stays in its range
+        return min(ALIBI_QUERIES_HALF, int(2**15 * scale))
+    return ALIBI_QUERIES if dtype.itemsize >= 4 else ALIBI_QUERIES_HALF
+
+
 def _in_pieces(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, document_ids: Tensor | None, **options: Any
 ) -> Tensor:
     """Causal attention, some queries at a time."""
     pieces: list[Tensor] = []
-    for rows in q.split(ALIBI_QUERIES if q.dtype.itemsize >= 4 else ALIBI_QUERIES_HALF, dim=2):
+    for rows in q.split(_alibi_queries(q.dtype, options["scale"]), dim=2):
         done = sum(piece.shape[2] for piece in pieces)
         seen = k.shape[2] - q.shape[2] + done + rows.shape[2]
         if seen <= 0:
