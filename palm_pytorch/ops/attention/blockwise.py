@@ -131,10 +131,12 @@ class _Blockwise(torch.autograd.Function):
             dv[block.t, : block.seen] += _product(dropped.mT, g_rows)
             dp = _product(g_rows, values[block.t, : block.seen].mT).view_as(weights)
             dp = scores.dropped(block, dp)
-            ds = torch.ops.aten._softmax_backward_data(dp, weights, -1, weights.dtype)
+            # A table's gradient sums so many of these that a half precision's rounding would show.
+            kind = scores.wide if isinstance(call.bias, RelativeBias) else weights.dtype
+            ds = torch.ops.aten._softmax_backward_data(dp.to(kind), weights.to(kind), -1, kind)
             if scores.band is not None:
                 scores.band.collect_grad(ds, block)
-            ds = ds.flatten(1, 2)
+            ds = ds.to(weights.dtype).flatten(1, 2)
             rows = dq[block.t, block.queries]
             rows.copy_(_product(ds, keys[block.t, : block.seen]).view_as(rows))
             dk[block.t, : block.seen] += _product(ds.mT, q_rows)
