@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
-import platform
 import resource
 import statistics
 import sys
@@ -22,13 +20,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import plain
 import torch
+from machine import RESULTS, describe_machine, warn_if_busy
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -38,12 +36,9 @@ from palm_pytorch.training.evaluate import window_loss
 from palm_pytorch.training.memory import keep_freed_memory
 from palm_pytorch.training.optim import build_optimizer, clip_gradients, set_learning_rate
 
-RESULTS = Path(__file__).parent / "results"
 SIDES = ("plain", "ours")
 SPAWN = multiprocessing.get_context("spawn")
 LOSS_TOLERANCE = 1e-4
-# What is called busy: other processes' share of a core, over the last minute.
-BUSY_LOAD = 0.5
 
 
 @dataclass(frozen=True)
@@ -284,32 +279,6 @@ def sustained_seconds(machine: Machine, a: Tensor, b: Tensor, *, at_least: float
 # ------------------------------------------------------------------------------------------------- report
 
 
-def describe_machine(machine: Machine) -> dict[str, Any]:
-    cuda = machine.device.type == "cuda"
-    return {
-        "processor": processor_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
-        "device": torch.cuda.get_device_name(machine.device) if cuda else "cpu",
-        "load_before": os.getloadavg()[0],
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "palm_pytorch": palm_pytorch.__version__,
-        "precision": {"ours": str(machine.precision), "plain": str(torch.float32)},
-    }
-
-
-def processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
-
-
 def print_report(report: dict[str, Any]) -> None:
     best = f"of {report['matmul_rate'] / 1e9:,.0f} GFLOP/s"
     print(f"{'':18} {'tokens/s':>15}   {'ratio':28} {best:25} memory of a step, MiB")
@@ -338,7 +307,8 @@ def verdict(value: float, target: float | None) -> str:
 
 
 def run(cases: list[Case], machine: Machine, steps: int, *, quick: bool) -> dict[str, Any]:
-    report = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **describe_machine(machine)}
+    report = describe_machine(machine.device)
+    report["precision"] = {"ours": str(machine.precision), "plain": str(torch.float32)}
     report["matmul_rates"] = in_new_process(matmul_rates, machine, quick)
     squares = [product["rate"] for product in report["matmul_rates"] if len(set(product["size"])) == 1]
     report["matmul_rate"] = max(squares)
@@ -379,8 +349,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     machine = Machine(arguments.device, select_precision("auto", arguments.device))
-    if os.getloadavg()[0] > BUSY_LOAD:
-        print(f"warning: this machine is busy (load {os.getloadavg()[0]:.1f}), which no measurement survives")
+    warn_if_busy()
     cases = [case for case in CASES if case.model in arguments.models]
     if arguments.quick:
         cases = [case.quick() for case in cases]

@@ -23,6 +23,10 @@ ALIBI_SLOPES = {
 }
 
 
+# The attention backends that serve any call on any device.
+ANYWHERE = ("reference", "sdpa", "blockwise")
+
+
 def distances(i: int, j: int) -> Tensor:
     """How far key j lies behind query i, the last of both aligned, (i, j)."""
     return (torch.arange(i) + j - i)[:, None] - torch.arange(j)[None, :]

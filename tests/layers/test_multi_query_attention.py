@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from definitions import alibi_bias, error, heads_of, joined, plain_attention, t5_bias
+from definitions import ANYWHERE, alibi_bias, error, heads_of, joined, plain_attention, t5_bias
 from torch import Tensor
 
 from palm_pytorch.layers import MultiQueryAttention, Rotary, T5RelativeBias, apply_rotary
 from palm_pytorch.ops import AlibiBias
-from palm_pytorch.ops.attention import BACKENDS
 
 DIM, HEADS, D = 20, 6, 8
 
@@ -42,7 +41,7 @@ def definition(
 @pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
 @pytest.mark.parametrize("prefix", [0, 5])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("backend", [*ANYWHERE, "auto"])
 def test_definition_and_gradients(kv_heads: int, prefix: int, causal: bool, backend: str) -> None:
     layer = module(kv_heads, causal=causal, attention_backend=backend)
     x, context = inputs(prefix=prefix)

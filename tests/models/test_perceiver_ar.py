@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from definitions import NORMS, error, heads_of, joined, plain_attention, silu, turned
+from definitions import ANYWHERE, NORMS, error, heads_of, joined, plain_attention, silu, turned
 from torch import Tensor, nn
 
 from palm_pytorch import PerceiverAR
-from palm_pytorch.ops.attention import BACKENDS
 
 V, DIM, DEPTH, HEADS, INNER, LONGEST, P = 37, 24, 2, 6, 48, 40, 25
 
@@ -73,7 +72,7 @@ def definition(
     return norm(x, w["norm.weight"]) @ head.T
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("backend", [*ANYWHERE, "auto"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     "options",

@@ -6,13 +6,25 @@ Shapes: b batch; h query heads; g key/value heads; i, j query and key length; d 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from definitions import alibi_bias, error, plain_attention, t5_bias
+from attention_problems import (
+    BIASES,
+    MASKS,
+    SIZES,
+    T5,
+    Case,
+    Problem,
+    cases,
+    errors,
+    exact,
+    leeway,
+    needs_interpreter,
+    projected,
+)
+from definitions import ANYWHERE, alibi_bias, error, plain_attention, t5_bias
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,160 +35,10 @@ from palm_pytorch.ops.attention import BACKENDS
 
 blockwise_module = importlib.import_module("palm_pytorch.ops.attention.blockwise")
 
-backends = pytest.mark.parametrize("backend", BACKENDS)
-
-#        b, h, g, i, j, d
-SIZES = [
-    (1, 3, 3, 1, 1, 16),
-    (2, 3, 1, 17, 17, 80),
-    (1, 6, 2, 127, 127, 16),
-    (2, 3, 1, 129, 129, 72),
-    (1, 4, 2, 300, 300, 80),
-    (2, 3, 1, 1, 129, 80),
-    (1, 3, 3, 5, 300, 16),
-    (2, 3, 1, 129, 17, 16),
-    (1, 4, 2, 300, 1, 72),
-]
-# T5's buckets, max distance, scale; tables are normal with std 1, as some trained models' are.
-T5 = {"t5": (32, 128, 1.0), "t5-scaled": (32, 128, 8.0), "t5-other": (10, 50, -0.7), "t5-two": (2, 3, 1.5)}
-BIASES = [None, "alibi", *T5]
-MASKS = [None, "keys", "keys-far", "documents", "unsorted-documents", "keys+documents"]
-
-
-@dataclass(frozen=True)
-class Case:
-    size: tuple[int, int, int, int, int, int]
-    causal: bool = True
-    bias: str | None = None
-    mask: str | None = None
-    scale: float | None = None
-
-    def __str__(self) -> str:
-        shape = "b{}h{}g{}i{}j{}d{}".format(*self.size)
-        parts = (shape, "causal" if self.causal else "full", self.bias, self.mask, self.scale)
-        return "-".join(str(part) for part in parts if part is not None)
-
-
-def cases(sizes: list[Any], biases: list[Any], masks: list[Any]) -> list[Case]:
-    every = [Case(s, c, b, m) for s in sizes for c in (True, False) for b in biases for m in masks]
-    return [case for case in every if case.size[3] == case.size[4] or "documents" not in str(case.mask)]
-
-
-def projected(batch: int, length: int, heads: list[int], d: int) -> list[Tensor]:
-    """(batch, heads, length, d) each, float64: slices of one projection, as in a model."""
-    fused = torch.randn(batch, length, sum(heads) * d, dtype=torch.float64)
-    return [t.unflatten(-1, (-1, d)).transpose(1, 2) for t in fused.split([n * d for n in heads], dim=-1)]
-
-
-@dataclass
-class Problem:
-    """The tensors of a case, in the dtype given, on the device given."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    slopes: Tensor | None
-    table: Tensor | None
-    grad: Tensor
-    options: dict[str, Any]
-
-    @staticmethod
-    def of(case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Problem:
-        torch.manual_seed(1)
-        b, h, g, i, j, d = case.size
-        (q, grad), (k, v) = projected(b, i, [h, h], d), projected(b, j, [g, g], d)
-        slopes = 2.0 ** -torch.arange(1, h + 1) if case.bias == "alibi" else None
-        buckets = T5.get(case.bias or "", (32, 0, 0))[0]
-        table = torch.randn(buckets, h, dtype=torch.float64)
-        options: dict[str, Any] = {"causal": case.causal, "scale": case.scale}
-        if "keys" in str(case.mask):
-            key_mask = torch.rand(b, j) > 0.3
-            key_mask[-1] = False  # the whole of the last row
-            options["key_mask"] = key_mask
-        if case.mask == "keys-far":  # no key close to the last queries, where biases are small
-            options["key_mask"] = torch.arange(j).expand(b, j) < max(1, j - 60)
-        if "documents" in str(case.mask):
-            ids = torch.randint(-1, 4, (b, j))
-            options["document_ids"] = ids if case.mask == "unsorted-documents" else ids.sort(dim=-1).values
-        on_device = {n: t.to(device) if isinstance(t, Tensor) else t for n, t in options.items()}
-        q, k, v, grad, table = (t.to(device, dtype) for t in (q, k, v, grad, table))
-        for leaf in (q, k, v, table):
-            leaf.requires_grad_()
-        return Problem(q, k, v, slopes, table if case.bias in T5 else None, grad, on_device)
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        return [t for t in (self.q, self.k, self.v, self.table) if t is not None]
-
-    def bias(self, case: Case) -> AlibiBias | RelativeBias | None:
-        if self.slopes is not None:
-            return AlibiBias(self.slopes.to(self.q.device))
-        return None if self.table is None else RelativeBias(self.table, *T5[str(case.bias)][1:])
-
-    def solve(self, case: Case, backend: str, **more: Any) -> dict[str, Tensor]:
-        out = attention(self.q, self.k, self.v, bias=self.bias(case), backend=backend, **self.options, **more)
-        return self.named(out)
-
-    def named(self, out: Tensor) -> dict[str, Tensor]:
-        grads = torch.autograd.grad(out, self.leaves, self.grad)
-        return {"out": out.detach(), **dict(zip(("dq", "dk", "dv", "dtable"), grads, strict=False))}
-
-
-@dataclass(frozen=True)
-class Exact:
-    """The definition in float64, on inputs as they are after rounding to a dtype.
-
-    size: of each result, what its error is a share of; where a gradient cancels to nearly nothing, that is a
-    share of what cancels.
-    """
-
-    results: dict[str, Tensor]
-    size: dict[str, float]
-
-    def errors(self, found: dict[str, Tensor]) -> dict[str, float]:
-        return {
-            name: rms(value.cpu().double() - self.results[name]) / self.size[name]
-            for name, value in found.items()
-        }
-
-
-def rms(x: Tensor) -> float:
-    return x.square().mean().sqrt().item()
-
-
-@cache
-def exact(case: Case, dtype: torch.dtype) -> Exact:
-    problem = Problem.of(case, dtype)
-    q, k, v, grad = (
-        t.detach().double().requires_grad_() for t in (problem.q, problem.k, problem.v, problem.grad)
-    )
-    leaves, bias, (i, j) = [q, k, v], None, case.size[3:5]
-    if problem.slopes is not None:
-        bias = alibi_bias(problem.slopes.double(), i, j)
-    if problem.table is not None:
-        table = problem.table.detach().double().requires_grad_()
-        bias = t5_bias(table, *T5[str(case.bias)][1:], i, j)
-        leaves += [table, bias]
-    out = plain_attention(q, k, v, bias=bias, **problem.options)
-    grads = torch.autograd.grad(out, leaves, grad)
-    results = {"out": out.detach(), **dict(zip(("dq", "dk", "dv", "dtable"), grads, strict=False))}
-    size = {name: max(rms(result), 1e-3) for name, result in results.items()}
-    for name in ("dq", "dk"):
-        size[name] = max(size[name], 0.03 * size["dv"])
-    if bias is not None and problem.table is not None:
-        (summed,) = torch.autograd.grad(t5_bias(table, *T5[str(case.bias)][1:], i, j), table, grads[-1].abs())
-        size["dtable"] = max(size["dtable"], 0.1 * rms(summed))
-    return Exact(results, size)
-
-
-@cache
-def errors(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> dict[str, float]:
-    found = Problem.of(case, dtype, device).solve(case, backend)
-    for name, value in found.items():
-        assert value.dtype == dtype, name
-        assert value.isfinite().all(), name
-    return exact(case, dtype).errors(found)
-
+backends = pytest.mark.parametrize("backend", ANYWHERE)
+# The kernels serve any call but for float64.
+TRITON = pytest.param("triton", marks=needs_interpreter)
+in_float32 = pytest.mark.parametrize("backend", [*ANYWHERE, TRITON])
 
 # The definition itself, by hand
 
@@ -188,7 +50,7 @@ def test_definition_on_paper() -> None:
     share = 2.718281828 / 3.718281828
     expected = torch.tensor([[[[10.0], [10 * share + 20 * (1 - share)]]]])
     torch.testing.assert_close(plain_attention(q, k, v), expected)
-    for backend in BACKENDS:
+    for backend in ANYWHERE:
         torch.testing.assert_close(attention(q, k, v, backend=backend), expected)
 
 
@@ -208,7 +70,7 @@ HALF_CASES = cases(HALF_SIZES, [None, "alibi", "t5", "t5-scaled"], [None, "keys-
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("backend", [name for name in ANYWHERE if name != "reference"])
 @pytest.mark.parametrize("case", HALF_CASES, ids=str)
 def test_half_precision_errs_at_most_twice_as_much_as_the_reference(
     case: Case, backend: str, dtype: torch.dtype
@@ -222,12 +84,12 @@ def test_half_precision_errs_at_most_twice_as_much_as_the_reference(
 @pytest.mark.parametrize("bias", [None, "alibi", "t5"])
 def test_auto_is_one_of_the_backends(bias: str | None) -> None:
     case = Case((2, 3, 1, 33, 33, 16), bias=bias)
-    named = [Problem.of(case, torch.float32).solve(case, backend) for backend in BACKENDS]
+    named = [Problem.of(case, torch.float32).solve(case, backend) for backend in ANYWHERE]
     auto = Problem.of(case, torch.float32).solve(case, "auto")
     assert any(all(torch.equal(auto[name], results[name]) for name in auto) for results in named)
 
 
-@backends
+@in_float32
 @pytest.mark.parametrize("causal", [True, False])
 def test_grouped_heads_use_neighbouring_queries(backend: str, causal: bool) -> None:
     """Query heads 0 and 1 read key/value head 0, heads 2 and 3 read head 1."""
@@ -237,7 +99,7 @@ def test_grouped_heads_use_neighbouring_queries(backend: str, causal: bool) -> N
     assert out[0, :, :, 0].tolist() == [[1.0] * 3, [1.0] * 3, [2.0] * 3, [2.0] * 3]
 
 
-@backends
+@in_float32
 @pytest.mark.parametrize("scale", [1.0, 0.01, 30.0])
 @pytest.mark.parametrize("bias", [None, "alibi", "t5"])
 def test_scale(backend: str, scale: float, bias: str | None) -> None:
@@ -245,7 +107,7 @@ def test_scale(backend: str, scale: float, bias: str | None) -> None:
     assert max(found.values()) <= 1e-5 * max(1, scale), found
 
 
-@backends
+@in_float32
 @pytest.mark.parametrize(("n", "scale"), [(1100, 1 / 128), (2100, 1 / 64)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_alibi_under_a_small_scale(backend: str, dtype: torch.dtype, n: int, scale: float) -> None:
@@ -254,7 +116,8 @@ def test_alibi_under_a_small_scale(backend: str, dtype: torch.dtype, n: int, sca
     """
     case = Case((1, 1, 1, n, n, 8), bias="alibi", scale=scale)
     found, allowed = errors(case, dtype, backend), errors(case, dtype, "reference")
-    assert all(found[name] <= 2 * allowed[name] + 1e-4 for name in found), (found, allowed)
+    times = leeway(backend, dtype)
+    assert all(found[name] <= times * allowed[name] + 1e-4 for name in found), (found, allowed)
 
 
 @backends
@@ -290,7 +153,7 @@ def test_key_and_value_may_be_one_tensor(backend: str, kind: str) -> None:
 # Rows that see nothing
 
 
-@backends
+@in_float32
 @pytest.mark.parametrize("bias", [None, "alibi", "t5"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_query_without_keys_gives_zeros_and_takes_no_gradient(
@@ -314,7 +177,7 @@ def test_a_query_without_keys_gives_zeros_and_takes_no_gradient(
         assert found[name][0, :, 2:].isfinite().all()
 
 
-@backends
+@in_float32
 def test_masked_keys_change_nothing(backend: str) -> None:
     case = Case((2, 3, 1, 33, 33, 16), bias="t5", mask="keys")
     before = Problem.of(case, torch.float32)
@@ -494,7 +357,7 @@ def weights_after_dropout(backend: str, n: int, p: float, **options: Any) -> tup
     return dropped, attention(q, k, v, causal=False, backend=backend, **options)
 
 
-@backends
+@in_float32
 @pytest.mark.parametrize("p", [0.1, 0.75])
 def test_dropout_scales_what_it_keeps(backend: str, p: float, small_blocks: None) -> None:
     dropped, weights = weights_after_dropout(backend, 64, p)
@@ -504,7 +367,7 @@ def test_dropout_scales_what_it_keeps(backend: str, p: float, small_blocks: None
     assert abs((~kept).float().mean().item() - p) <= 4 * (p * (1 - p) / kept.numel()) ** 0.5
 
 
-@backends
+@in_float32
 def test_dropout_draws_every_position_by_itself(backend: str, small_blocks: None) -> None:
     kept = weights_after_dropout(backend, 64, 0.5)[0] != 0
     rows = kept.flatten(0, 2).float()
@@ -513,7 +376,7 @@ def test_dropout_draws_every_position_by_itself(backend: str, small_blocks: None
     assert torch.corrcoef(rows).fill_diagonal_(0).abs().max() <= 6 / 8
 
 
-@backends
+@in_float32
 def test_dropout_drops_the_same_weights_backward(backend: str, small_blocks: None) -> None:
     """The output is linear in v, so the gradient of v is the transpose of the weights that were used."""
     n = 16
@@ -539,7 +402,7 @@ def test_gradcheck_with_dropout(backend: str, bias: str, small_blocks: None) -> 
     torch.autograd.gradcheck(call, problem.leaves)
 
 
-@backends
+@in_float32
 def test_dropout_follows_the_seed(backend: str) -> None:
     q, kv = torch.randn(1, 2, 9, 8), torch.randn(1, 1, 9, 8)
 
@@ -555,7 +418,7 @@ def test_dropout_follows_the_seed(backend: str) -> None:
 # Precision and device
 
 
-@backends
+@in_float32
 def test_autocast_computes_in_its_dtype(backend: str) -> None:
     case = Case((2, 3, 1, 33, 33, 16), bias="t5")
     wide, rounded = Problem.of(case, torch.float32), Problem.of(case, torch.float32)
@@ -580,7 +443,7 @@ def test_autocast_leaves_float64_alone_as_a_matrix_product_does(backend: str) ->
         assert attention(q, kv, kv, backend=backend).dtype == torch.matmul(q, q.mT).dtype == torch.float64
 
 
-@backends
+@in_float32
 def test_backward_inside_autocast(backend: str) -> None:
     """Forward outside autocast and backward inside."""
     case = Case((2, 3, 1, 33, 33, 16), bias="t5")
@@ -592,7 +455,7 @@ def test_backward_inside_autocast(backend: str) -> None:
     assert max(exact(case, torch.float32).errors(found).values()) <= 1e-2
 
 
-@backends
+@in_float32
 @pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bias_of_another_dtype(backend: str, dtype: torch.dtype, table_dtype: torch.dtype) -> None:
@@ -612,7 +475,7 @@ def test_bias_of_another_dtype(backend: str, dtype: torch.dtype, table_dtype: to
 
 
 @pytest.mark.gpu
-@backends
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", cases(SIZES[1:6], ["alibi", "t5"], [None, "keys"]), ids=str)
 def test_on_a_gpu(case: Case, backend: str) -> None:
     found = errors(case, torch.float32, backend, "cuda")
@@ -718,7 +581,7 @@ def test_bad_bias_is_refused_by_name(
 
 def test_a_call_leaves_its_inputs_alone() -> None:
     case = Case((2, 3, 1, 33, 33, 16), bias="t5", mask="keys+documents")
-    for backend in BACKENDS:
+    for backend in ANYWHERE:
         problem, untouched = Problem.of(case, torch.float32), Problem.of(case, torch.float32)
         problem.solve(case, backend)
         for name in ("q", "k", "v", "table", "grad"):

@@ -6,6 +6,8 @@ Shapes: b batch; h query heads; g key/value heads; i, j query and key length; d 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +17,31 @@ from palm_pytorch.ops.arguments import expect_floating, expect_mask, expect_numb
 from palm_pytorch.ops.attention.bias import AlibiBias, Bias, RelativeBias
 from palm_pytorch.ops.attention.blockwise import blockwise
 from palm_pytorch.ops.attention.reference import reference
-from palm_pytorch.ops.attention.torch_backends import sdpa
+from palm_pytorch.ops.attention.torch_backends import flex, sdpa
 
 __all__ = ["BACKENDS", "AlibiBias", "RelativeBias", "attention"]
 
-BACKENDS: dict[str, Callable[..., Tensor]] = {"reference": reference, "sdpa": sdpa, "blockwise": blockwise}
+TRITON_INSTALLED = find_spec("triton") is not None
+
+
+def triton(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """The kernels of `triton_kernels`, imported when they are first called for."""
+    try:
+        from palm_pytorch.ops.attention.triton_op import triton_attention
+    except ImportError as error:
+        raise ValueError(
+            f"backend 'triton': triton cannot be used here ({error}); backend 'sdpa' can"
+        ) from error
+    return triton_attention(q, k, v, **options)
+
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "reference": reference,
+    "sdpa": sdpa,
+    "blockwise": blockwise,
+    "flex": flex,
+    "triton": triton,
+}
 
 
 def attention(
@@ -46,7 +68,8 @@ def attention(
     document_ids: (b, n) integers for n queries and as many keys; attention stays inside a document.
     dropout_p: share of the attention weights dropped, in [0, 1); the caller passes 0 outside training.
     scale: factor on the scores, above 0; `d ** -0.5` if None.
-    backend: "auto", or one of `BACKENDS`. On a CPU "auto" is "blockwise", elsewhere "sdpa".
+    backend: "auto", or one of `BACKENDS`. "auto" is "blockwise" on a CPU, "triton" on a CUDA device where it
+    can serve the call, and else "sdpa".
 
     Returns (b, h, i, d) in the dtype of q. A query that may see no key gives zeros. Softmax is in float32
     or better.
@@ -62,7 +85,7 @@ def attention(
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if backend == "auto":
-        backend = "blockwise" if device == "cpu" else "sdpa"
+        backend = _fastest(q)
     return BACKENDS[backend](
         q,
         k,
@@ -74,6 +97,19 @@ def attention(
         dropout_p=dropout_p,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )
+
+
+def _fastest(q: Tensor) -> str:
+    if q.device.type == "cpu":
+        return "blockwise"
+    if q.device.type == "cuda" and TRITON_INSTALLED:
+        try:
+            from palm_pytorch.ops.attention.triton_op import refusal
+        except ImportError:  # an unsupported release
+            return "sdpa"
+        if refusal(q) is None:
+            return "triton"
+    return "sdpa"
 
 
 def check_backend(backend: str) -> None:

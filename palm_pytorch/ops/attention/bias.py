@@ -68,6 +68,16 @@ class RelativeBias:
         starts_tensor = torch.tensor(starts, device=distance.device)
         return torch.bucketize(distance.clamp(min=0), starts_tensor, right=True) - 1
 
+    def offsets(self, j_len: int) -> Tensor:
+        """How the bias at distance 0, 1 .. reach - 1 differs from the last bucket's, (h, reach),
+        differentiable in `table`; further behind it does not, or there are no keys. Softmax ignores what all
+        keys have in common, so this is all that attention needs to know.
+        """
+        reach = min(bucket_starts(self.table.shape[0], self.max_distance)[-1], j_len)
+        table = self.table.to(torch.promote_types(self.table.dtype, torch.float32))
+        near = table[self.buckets(torch.arange(reach, device=table.device))]
+        return ((near - table[-1]) * self.scale).T
+
     def values(self, i_len: int, j_len: int) -> Tensor:
         """The bias as a tensor (h, i, j), differentiable in `table`."""
         buckets = self.buckets(key_distance(i_len, j_len, self.table.device))

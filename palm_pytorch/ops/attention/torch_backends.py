@@ -1,10 +1,12 @@
-"""Attention through torch's own fused kernels.
+"""Attention through torch's own fused kernels: `sdpa` and `flex`.
 
 Shapes: q (b, h, i, d); k, v (b, g, j, d) with g dividing h; f extra features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -115,3 +117,100 @@ def _carry_alibi(
     q = torch.cat([q, query.expand(q.shape[0], -1, -1, -1)], dim=-1)
     k = torch.cat([k, key.expand(*k.shape[:2], -1, -1)], dim=-1)
     return q, k, F.pad(v, (0, key.shape[-1]))
+
+
+def flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    bias: Bias | None,
+    key_mask: Tensor | None,
+    document_ids: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
+    """`torch.nn.attention.flex_attention`: bias and mask as functions of positions, compiled into one kernel
+    on a GPU. A table's gradient is summed there by atomic additions, so its bits differ from run to run.
+    """
+    from torch.nn.attention import flex_attention as torch_flex
+
+    if dropout_p > 0:
+        raise ValueError(f"backend 'flex': dropout_p: expected 0, got {dropout_p}; backend 'sdpa' can")
+    on_gpu = q.device.type == "cuda"
+    learns = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (q, k, v, None if bias is None else bias.per_head)
+    )
+    if learns and not on_gpu:
+        raise ValueError(
+            f"backend 'flex': q, k, v, bias: expected none that requires grad on {q.device}, where torch has "
+            "no gradient for it; backend 'sdpa' can"
+        )
+    i_len, j_len = q.shape[2], k.shape[2]
+    attend: Callable[..., Any] = torch_flex.flex_attention
+    block_mask: Callable[..., Any] = torch_flex.create_block_mask
+    if not on_gpu:  # where even a tensor that could require grad is refused
+        q, k, v = q.detach(), k.detach(), v.detach()
+    elif not torch.compiler.is_compiling():
+        attend, block_mask = _compiled(attend), _compiled(block_mask)
+    visible = _flex_mask(i_len, j_len, causal, key_mask, document_ids)
+    blocks = visible and block_mask(
+        visible,
+        None if key_mask is None and document_ids is None else len(q),
+        None,
+        i_len,
+        j_len,
+        device=q.device,
+    )
+    return attend(
+        q,
+        k,
+        v,
+        score_mod=_flex_bias(i_len, j_len, bias),
+        block_mask=blocks,
+        scale=scale,
+        enable_gqa=k.shape[1] != q.shape[1],
+    )
+
+
+_compiled = cache(torch.compile)
+
+
+def _flex_mask(
+    i_len: int, j_len: int, causal: bool, key_mask: Tensor | None, document_ids: Tensor | None
+) -> Callable[..., Tensor] | None:
+    """Whether query i of batch row b sees key j."""
+    if not causal and key_mask is None and document_ids is None:
+        return None
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        seen = i + (j_len - i_len) >= j if causal else i >= 0
+        if key_mask is not None:
+            seen = seen & key_mask[b, j]
+        if document_ids is not None:
+            seen = seen & (document_ids[b, i] == document_ids[b, j])
+        return seen
+
+    return visible
+
+
+def _flex_bias(i_len: int, j_len: int, bias: Bias | None) -> Callable[..., Tensor] | None:
+    """The score of query i and key j with its bias."""
+    if bias is None:
+        return None
+    if isinstance(bias, AlibiBias):
+        slopes = bias.slopes
+
+        def with_slope(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score - slopes[h] * (i + (j_len - i_len) - j).abs()
+
+        return with_slope
+    # One more column: what is further away than the table knows has no offset.
+    offsets = F.pad(bias.offsets(j_len), (0, 1)).contiguous()
+    reach = offsets.shape[1] - 1
+
+    def with_offset(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + offsets[h, (i + (j_len - i_len) - j).clamp(0, reach)]
+
+    return with_offset

@@ -1,0 +1,174 @@
+"""Compiles the attention kernels for GPUs that need not be there, and says what the compiled code takes:
+registers, spilled bytes and shared memory of each kernel, as launched for a head dim, a dtype and a bias.
+
+    python benchmarks/kernels.py                  # every combination, into benchmarks/results/kernels.json
+    python benchmarks/kernels.py --dims 64 --targets 90 --out /tmp/kernels.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from palm_pytorch.ops.attention import triton_kernels as kernels
+from palm_pytorch.ops.attention import triton_op
+
+KERNELS = ("forward", "combine", "backward_queries", "backward_keys")
+# Most shared memory of a block, in bytes: CUDA C++ Programming Guide, "Technical Specifications per Compute
+# Capability".
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+BIASES = ("plain", "alibi", "t5")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel for one target. spilled and shared are in bytes, registers a thread."""
+
+    kernel: str
+    target: str
+    dim_head: int
+    dtype: str
+    bias: str
+    queries: str
+    blocks: str
+    registers: int
+    spilled: int
+    shared: int
+    shared_limit: int
+
+    @property
+    def fits(self) -> bool:
+        return self.spilled == 0 and self.shared <= self.shared_limit
+
+
+class _NoDevice:
+    """Stands in for the driver of a GPU of the given compute capability."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compiling(capability: int) -> Iterator[list[tuple[str, str, Any]]]:
+    """Launches inside only compile; gives the list that (kernel, blocks, compiled) are added to."""
+    found: list[tuple[str, str, Any]] = []
+    before = {name: getattr(kernels, name) for name in KERNELS}
+
+    class Launcher:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def compile_only(*arguments: Any, **constants: Any) -> None:
+                compiled = before[self.name].warmup(*arguments, grid=grid, **constants)
+                words = ("ROWS", "KEYS", "num_warps", "num_stages")
+                blocks = " x ".join(str(constants[w]) for w in words if w in constants)
+                found.append((self.name, blocks, compiled))
+
+            return compile_only
+
+    driver.set_active(_NoDevice(capability))
+    known = triton_op._capability
+    triton_op._capability = lambda device: divmod(capability, 10)
+    for name in KERNELS:
+        setattr(kernels, name, Launcher(name))
+    try:
+        yield found
+    finally:
+        for name, kernel in before.items():
+            setattr(kernels, name, kernel)
+        triton_op._capability = known
+
+
+def compiled(capability: int, dim_head: int, dtype: str, bias: str, queries: str) -> Iterator[Compiled]:
+    """The kernels of a training step on 2048 positions, or of one query against 32768 ("one")."""
+    heads = 2048 // dim_head
+    n, i_len = (2048, 2048) if queries == "all" else (32768, 1)
+    fused = torch.empty(1, n, heads * dim_head + 2 * dim_head, dtype=DTYPES[dtype], device="meta")
+    q, k, v = (
+        t.unflatten(-1, (-1, dim_head)).transpose(1, 2)
+        for t in fused.split([heads * dim_head, dim_head, dim_head], dim=-1)
+    )
+    q = q[:, :, :i_len]
+    slopes = torch.empty(heads, device="meta") if bias == "alibi" else None
+    offsets = torch.empty(heads, 113, device="meta") if bias == "t5" else None
+    options = (slopes, offsets, None, None, None, True, dim_head**-0.5, 0.0)
+    with compiling(capability) as found:
+        results = triton_op._forward(q, k, v, *options)
+        if queries == "all":
+            triton_op._backward(results[0], q, k, v, *results, bias == "t5", *options)
+    for name, blocks, kernel in found:
+        registers, spilled = resources(kernel.asm["cubin"])
+        yield Compiled(
+            *(name, f"sm_{capability}", dim_head, dtype, bias, queries, blocks, registers, spilled),
+            *(kernel.metadata.shared, SHARED[capability]),
+        )
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and bytes spilled to its stack."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--targets", type=int, nargs="+", default=list(SHARED), choices=list(SHARED))
+    parser.add_argument("--dims", type=int, nargs="+", default=[64, 80, 128, 256])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=list(DTYPES))
+    parser.add_argument("--biases", nargs="+", default=list(BIASES), choices=BIASES)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/kernels.json")
+    arguments = parser.parse_args()
+    rows: list[Compiled] = []
+    cases = list(
+        product(arguments.dims, arguments.dtypes, arguments.biases, ("all", "one"), arguments.targets)
+    )
+    for dim_head, dtype, bias, queries, target in tqdm(cases, desc="compile"):
+        rows += compiled(target, dim_head, dtype, bias, queries)
+    header = "target  d  dtype  bias  queries  kernel  blocks  registers  spilled  shared"
+    print(header)
+    for row in rows:
+        case = f"{row.target:7}{row.dim_head:4} {row.dtype:9}{row.bias:6}{row.queries:4}{row.kernel:17}"
+        verdict = "" if row.fits else "  DOES NOT FIT"
+        print(f"{case}{row.blocks:20}{row.registers:4}{row.spilled:6}{row.shared:8}{verdict}")
+    result = {"triton": triton.__version__, "kernels": [asdict(row) | {"fits": row.fits} for row in rows]}
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
