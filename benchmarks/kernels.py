@@ -1,7 +1,7 @@
 """Compiles the attention kernels for GPUs that need not be there, and says what the compiled code takes:
 registers, spilled bytes and shared memory of each kernel, as launched for a head dim, a dtype and a bias.
 
-    python benchmarks/kernels.py                  # every combination, into benchmarks/results/kernels.json
+    python benchmarks/kernels.py     # every combination, into benchmarks/results/kernels-triton-VERSION.json
     python benchmarks/kernels.py --dims 64 --targets 90 --out /tmp/kernels.json
 """
 
@@ -32,6 +32,7 @@ KERNELS = ("forward", "combine", "backward_queries", "backward_keys")
 # Most shared memory of a block, in bytes: CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability".
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+RESULTS = Path(__file__).parent / f"results/kernels-triton-{triton.__version__}.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BIASES = ("plain", "alibi", "t5")
 
@@ -151,7 +152,7 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 80, 128, 256])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=list(DTYPES))
     parser.add_argument("--biases", nargs="+", default=list(BIASES), choices=BIASES)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/kernels.json")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     rows: list[Compiled] = []
     cases = list(

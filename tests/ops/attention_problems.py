@@ -25,8 +25,8 @@ needs_interpreter = pytest.mark.skipif(
 
 
 def leeway(backend: str, dtype: torch.dtype) -> int:
-    """How many times the reference's error a backend may make in a half precision. Triton's interpreter rounds
-    to bfloat16 towards zero, which errs twice as much as to the nearest.
+    """How many times the reference's error a backend may make in a half precision. Triton's interpreter
+    rounds to bfloat16 towards zero, which errs twice as much as to the nearest.
     """
     return 4 if backend == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available() else 2
 

@@ -105,16 +105,16 @@ def _width(d):
 
 
 @triton.constexpr_function
-def _stages(bias, edge, stages):
+def _stages(learned, edge, stages):
     """Pipeline stages of a loop. To look up a learned bias takes registers, for a few blocks a row: these are
     not pipelined, and go in smaller steps."""
-    return 1 if edge and bias.offsets is not None else stages
+    return 1 if edge and learned else stages
 
 
 @triton.constexpr_function
-def _step(bias, edge, size):
+def _step(learned, edge, size):
     """How much of a block a loop takes at a time."""
-    return max(16, size // 2) if edge and bias.offsets is not None else size
+    return max(16, size // 2) if edge and learned else size
 
 
 @triton.jit
@@ -244,6 +244,7 @@ def forward(
     """out and lse (b * g, i * r) of a block of rows. With several splits each sees its share of the keys, and
     out and lse have `splits` times the groups, for `combine` to add up."""
     bias, i_len, j_len, groups = call.bias, call.i_len, call.j_len, call.groups
+    LEARNED: tl.constexpr = bias.offsets is not None
     program = tl.program_id(0)
     group, split = program % groups, program // groups % splits
     # The blocks with most to see first, so that none of them is left to the end.
@@ -266,9 +267,11 @@ def forward(
     acc = tl.zeros([ROWS, _width(D)], tl.float32)
     for EDGE in tl.static_range(2):
         low, high = (edge, stop) if EDGE else (start, edge)
-        for key_start in tl.range(low, high, _step(bias, EDGE, KEYS), num_stages=_stages(bias, EDGE, STAGES)):
-            key = (key_start + tl.arange(0, _step(bias, EDGE, KEYS)))[None, :]
-            keys = _load_keys(k, b, kv_head, key_start, j_len, D, _step(bias, EDGE, KEYS), EDGE)
+        for key_start in tl.range(
+            low, high, _step(LEARNED, EDGE, KEYS), num_stages=_stages(LEARNED, EDGE, STAGES)
+        ):
+            key = (key_start + tl.arange(0, _step(LEARNED, EDGE, KEYS)))[None, :]
+            keys = _load_keys(k, b, kv_head, key_start, j_len, D, _step(LEARNED, EDGE, KEYS), EDGE)
             z = _scores(
                 _dot(rows, tl.trans(keys)), query[:, None], head[:, None], key, slope[:, None], b, call,
                 CAUSAL, EDGE,
@@ -281,7 +284,7 @@ def forward(
             total = total * shrink + tl.sum(p, 1)
             if call.seed is not None:
                 p = tl.where(_keep(query[:, None], head[:, None], key, b, call, G * R), p, 0.0)
-            values = _load_keys(v, b, kv_head, key_start, j_len, D, _step(bias, EDGE, KEYS), EDGE)
+            values = _load_keys(v, b, kv_head, key_start, j_len, D, _step(LEARNED, EDGE, KEYS), EDGE)
             acc = _dot(p.to(values.dtype), values, acc * shrink[:, None])
             highest = higher
     acc = acc / tl.where(total > 0, total * (1 - call.dropout_p), 1.0)[:, None]
@@ -330,6 +333,7 @@ def backward_queries(
     """dq and delta (b * g, i * r) of a block of rows, and, unless band is None, dz by distance:
     band (b * g, i * r, reach + 1), whose last column is the sum over the keys ahead."""
     bias, i_len, j_len, groups = call.bias, call.i_len, call.j_len, call.groups
+    LEARNED: tl.constexpr = bias.offsets is not None
     program = tl.program_id(0)
     group = program % groups
     tile = (tl.num_programs(0) - 1 - program) // groups
@@ -356,10 +360,12 @@ def backward_queries(
     ahead = tl.zeros([ROWS], tl.float32)
     for EDGE in tl.static_range(2):
         low, high = (edge, stop) if EDGE else (start, edge)
-        for key_start in tl.range(low, high, _step(bias, EDGE, KEYS), num_stages=_stages(bias, EDGE, STAGES)):
-            key = (key_start + tl.arange(0, _step(bias, EDGE, KEYS)))[None, :]
-            keys = _load_keys(k, b, kv_head, key_start, j_len, D, _step(bias, EDGE, KEYS), EDGE)
-            values = _load_keys(v, b, kv_head, key_start, j_len, D, _step(bias, EDGE, KEYS), EDGE)
+        for key_start in tl.range(
+            low, high, _step(LEARNED, EDGE, KEYS), num_stages=_stages(LEARNED, EDGE, STAGES)
+        ):
+            key = (key_start + tl.arange(0, _step(LEARNED, EDGE, KEYS)))[None, :]
+            keys = _load_keys(k, b, kv_head, key_start, j_len, D, _step(LEARNED, EDGE, KEYS), EDGE)
+            values = _load_keys(v, b, kv_head, key_start, j_len, D, _step(LEARNED, EDGE, KEYS), EDGE)
             z = _scores(
                 _dot(rows, tl.trans(keys)), query[:, None], head[:, None], key, slope[:, None], b, call,
                 CAUSAL, EDGE,
@@ -426,6 +432,7 @@ def backward_keys(
     """dk and dv of a block of keys. With several slices each meets its share of the rows, and dk and dv have
     `slices * b` batch rows to be added up."""
     bias, mask, i_len, j_len, groups = call.bias, call.mask, call.i_len, call.j_len, call.groups
+    LEARNED: tl.constexpr = bias.offsets is not None
     program = tl.program_id(0)
     group, part = program % groups, program // groups % slices
     key_start = program // (groups * slices) * KEYS
@@ -458,12 +465,12 @@ def backward_keys(
     dv_acc = tl.zeros([KEYS, _width(D)], tl.float32)
     for PLAIN in tl.static_range(2):
         low, high = (edge, stop) if PLAIN else (start, tl.minimum(edge, stop))
-        steps = tl.cdiv(tl.maximum(high - low, 0), slices) * (ROWS // _step(bias, not PLAIN, ROWS))
-        for step in tl.range(0, steps, num_stages=_stages(bias, not PLAIN, STAGES)):
-            tile = _sub_block(low, step, slices, ROWS // _step(bias, not PLAIN, ROWS))
+        steps = tl.cdiv(tl.maximum(high - low, 0), slices) * (ROWS // _step(LEARNED, not PLAIN, ROWS))
+        for step in tl.range(0, steps, num_stages=_stages(LEARNED, not PLAIN, STAGES)):
+            tile = _sub_block(low, step, slices, ROWS // _step(LEARNED, not PLAIN, ROWS))
             dk_acc, dv_acc = _add_rows(
                 dk_acc, dv_acc, keys, values, key, q, lse, grad, delta, tile, group, call,
-                G, R, D, CAUSAL, _step(bias, not PLAIN, ROWS), not PLAIN,
+                G, R, D, CAUSAL, _step(LEARNED, not PLAIN, ROWS), not PLAIN,
             )  # fmt: skip
     b_out, block = part * (groups // G) + b, key_start // KEYS
     _store_rows(dk_acc * call.scale, dk, b_out, kv_head, block, j_len, D, 1, KEYS)
