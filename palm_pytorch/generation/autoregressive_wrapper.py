@@ -1,16 +1,19 @@
-"""Training loss and plain sampling for any of the models, with the arguments of older training scripts.
+"""Training loss and sampling for any of the models, with the arguments of older training scripts.
 
 Shapes: b batch; n sequence length; v num_tokens.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from palm_pytorch.generation.decode import Context, draw_tokens, prefix_length, stacked
 from palm_pytorch.generation.sampling import sample
+from palm_pytorch.models.language_model import LanguageModel, check_tokens
 from palm_pytorch.ops.arguments import expect_integer, expect_mask, expect_tensor
 
 
@@ -47,7 +50,6 @@ class AutoregressiveWrapper(nn.Module):
             labels = labels.masked_fill(~mask[:, 1:], -100)
         return self.net(x[:, :-1], labels=labels, **inputs)
 
-    @torch.no_grad()
     def generate(
         self,
         start_tokens: Tensor,
@@ -55,42 +57,69 @@ class AutoregressiveWrapper(nn.Module):
         eos_token: int | None = None,
         temperature: float = 1.0,
         filter_thres: float = 0.9,
+        *,
+        stride: int = 1,
+        prefix_mask: Tensor | None = None,
         **inputs: Any,
     ) -> Tensor:
         """Draws up to `seq_len` tokens after start_tokens (b, t); returns the new ones, (b, <= seq_len).
 
-        eos_token: a row ends with the first one that it draws (those of the prompt do not count) and is
-        then filled with
+        Models of this library remember the keys and values of past tokens, as long as these fit the window.
+
+        eos_token: a row ends with the first one that it draws (those of the prompt do not count) and is then
+        filled with
         `pad_value`; when all rows have ended, generation stops.
         temperature, filter_thres: as in `palm_pytorch.generation.sampling.sample`.
-        inputs: passed to the net.
+        stride: by how many tokens a full window moves on; it is read anew then, with every token if it is 1.
+        prefix_mask: (b, p), Perceiver AR's, of the first window's prefix; it moves with the tokens.
+        inputs: passed to the net, which then remembers nothing.
 
         Raises ValueError or TypeError naming the argument that does not fit.
         """
-        expect_tensor("start_tokens", start_tokens)
-        if start_tokens.dim() != 2 or 0 in start_tokens.shape:
-            raise ValueError(
-                "start_tokens: expected shape (batch, length), neither empty, "
-                f"got {tuple(start_tokens.shape)}"
-            )
+        net, window = self.net, self.max_seq_len
+        if isinstance(net, LanguageModel):
+            check_tokens(start_tokens, net.config["num_tokens"], net.token_emb.weight.device, "start_tokens")
+        else:
+            expect_tensor("start_tokens", start_tokens)
+            if start_tokens.dim() != 2 or 0 in start_tokens.shape:
+                raise ValueError(
+                    "start_tokens: expected shape (batch, length), neither empty, "
+                    f"got {tuple(start_tokens.shape)}"
+                )
         expect_integer("seq_len", seq_len, least=0)
-        modes = {module: module.training for module in self.net.modules()}
-        self.net.eval()
-        try:
-            tokens, written = start_tokens, start_tokens.new_empty(len(start_tokens), 0)
-            ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-            for _ in range(seq_len):
-                logits = self.net(tokens[:, -self.max_seq_len :], **inputs)[:, -1]
-                drawn = sample(logits, temperature=temperature, filter_thres=filter_thres)
-                drawn = drawn.to(tokens.dtype)[:, None]
-                # The net goes on seeing what it drew: a pad value need not be a token.
-                tokens = torch.cat([tokens, drawn], dim=1)
-                written = torch.cat([written, drawn.masked_fill(ended[:, None], self.pad_value)], dim=1)
-                if eos_token is not None:
-                    ended |= drawn[:, 0] == eos_token
-                    if ended.all():
-                        break
-            return written
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        latents = window - prefix_length(net)
+        if latents < 1:
+            raise ValueError(
+                f"max_seq_len: expected more than the net's prefix of {prefix_length(net)}, got {window}"
+            )
+        expect_integer("stride", stride)
+        if stride > latents:
+            raise ValueError(f"stride: expected at most {latents}, what a window can predict, got {stride}")
+        mask = None
+        if prefix_mask is not None:
+            mask = self._token_mask(prefix_mask, start_tokens)
+        context = Context(
+            net,
+            start_tokens,
+            mask,
+            room=seq_len,
+            window=window,
+            stride=stride,
+            use_cache=not inputs,
+            **inputs,
+        )
+        draw = partial(sample, temperature=temperature, filter_thres=filter_thres)
+        drawn = draw_tokens(context, draw, seq_len, eos_token=eos_token, pad_token=self.pad_value)
+        return stacked([each.tokens for each in drawn], len(start_tokens), start_tokens)
+
+    def _token_mask(self, prefix_mask: Tensor, tokens: Tensor) -> Tensor:
+        """The mask (b, t) of all tokens, given that of the prefix of the last window among them."""
+        p, first = prefix_length(self.net), max(0, tokens.shape[1] - self.max_seq_len)
+        expect_mask("prefix_mask", prefix_mask, (len(tokens), p))
+        if tokens.shape[1] <= p:
+            raise ValueError(
+                f"prefix_mask: expected more than {p} start_tokens with it, got {tokens.shape[1]}"
+            )
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        mask[:, first : first + p] = prefix_mask
+        return mask

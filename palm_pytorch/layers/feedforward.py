@@ -37,15 +37,22 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FeedForward(nn.Sequential):
-    """(b, n, c) -> (b, n, c) through a gated inner layer of width `ff_mult * dim`; no biases."""
+    """(b, n, c) -> (b, n, c) through an inner layer of width `ff_mult * dim`, gated unless the activation is
+    `nn.GELU`; no biases by default.
+    """
 
     def __init__(
-        self, dim: int, ff_mult: int = 4, activation: type[nn.Module] = SwiGLU, dropout: float = 0.0
+        self,
+        dim: int,
+        ff_mult: int = 4,
+        activation: type[nn.Module] = SwiGLU,
+        dropout: float = 0.0,
+        bias: bool = False,
     ) -> None:
         inner = ff_mult * dim
         super().__init__(
-            nn.Linear(dim, 2 * inner, bias=False),
+            nn.Linear(dim, inner if activation is nn.GELU else 2 * inner, bias=bias),
             activation(),
             nn.Dropout(dropout),
-            nn.Linear(inner, dim, bias=False),
+            nn.Linear(inner, dim, bias=bias),
         )

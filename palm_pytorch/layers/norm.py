@@ -5,6 +5,8 @@ Shapes: c model width; d head dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,6 +50,35 @@ class LayerNorm(nn.Module):
         return normed.to(x.dtype)
 
 
+class BiasedLayerNorm(nn.LayerNorm):
+    """Layer norm with gain and bias (Ba et al. 2016, arXiv 1607.06450), as older models have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., c), any floating dtype, which the result keeps."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        gain, bias = self.weight.to(wide), self.bias.to(wide)
+        return F.layer_norm(x.to(wide), self.normalized_shape, gain, bias, self.eps).to(x.dtype)
+
+
+class ClampedRMSNorm(nn.Module):
+    """`x / max(rms(x), eps) * weight`: the older PaLM-lite's, where eps counts for rows next to zero only."""
+
+    def __init__(self, dim: int, eps: float = 1e-8) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., c), any floating dtype, which the result keeps."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        rms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) * x.shape[-1] ** -0.5
+        return (wide / rms.clamp(min=self.eps) * self.weight).to(x.dtype)
+
+
 class L2Norm(nn.Module):
     """Unit length with a learned gain, for queries and keys (Henry et al. 2020, arXiv 2010.04245)."""
 
@@ -65,11 +96,17 @@ class L2Norm(nn.Module):
         return (F.normalize(wide, dim=-1) * self.weight).to(x.dtype)
 
 
-NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+# The latter two are there for weights of older models.
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "rmsnorm": RMSNorm,
+    "layernorm": LayerNorm,
+    "layernorm-biased": BiasedLayerNorm,
+    "rmsnorm-clamped": ClampedRMSNorm,
+}
 
 
-def make_norm(name: str, dim: int) -> RMSNorm | LayerNorm:
-    """The norm that models call `name`: "rmsnorm" or "layernorm"."""
+def make_norm(name: str, dim: int) -> nn.Module:
+    """The norm that models call `name`, one of `NORMS`."""
     if name not in NORMS:
         raise ValueError(f"norm: expected one of {sorted(NORMS)}, got {name!r}")
     return NORMS[name](dim)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from palm_pytorch.layers.kv_cache import NO_CACHE, KVCache
 from palm_pytorch.ops import rotate
 from palm_pytorch.ops.arguments import expect_number
 
@@ -19,7 +20,8 @@ XPOS_MAX_POWER = 69
 
 
 class RotaryTable(NamedTuple):
-    """cos and sin of every angle, (n, r / 2) or (b, n, r / 2), float32; xPos's scale multiplied in."""
+    """cos and sin of every angle, (n, r) or (b, n, r), float32, with xPos's scale multiplied in: both halves
+    of r alike, but that sin is negated in the first."""
 
     cos: Tensor
     sin: Tensor
@@ -45,18 +47,24 @@ class Rotary(nn.Module):
             expect_number("xpos_scale_base", xpos_scale_base, above=0)
         self.dim, self.base, self.xpos_scale_base = dim, base, xpos_scale_base
 
-    def forward(self, positions: Tensor) -> tuple[RotaryTable, RotaryTable]:
-        """Tables for queries and for keys. positions: (n,) or (b, n), integers or floats."""
+    def forward(self, positions: Tensor, cache: KVCache = NO_CACHE) -> tuple[RotaryTable, RotaryTable]:
+        """Tables for queries and for keys. positions: (n,) or (b, n), integers or floats.
+
+        cache: what the keys are going to, whose positions are then (n,) in a row; xPos has them fade there.
+        """
         device = positions.device
         # Not every accelerator has float64; the tables are small.
         exact = positions.to("cpu" if device.type == "mps" else device, torch.float64)
         x = torch.arange(0, self.dim, 2, dtype=torch.float64, device=exact.device)
         angle = exact[..., None] * self.base ** (-x / self.dim)
         cos, sin = angle.cos(), angle.sin()
+        cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         if self.xpos_scale_base is None:
             table = RotaryTable(cos.to(device, torch.float32), sin.to(device, torch.float32))
             return table, table
         longest = int(2 * XPOS_MAX_POWER * self.xpos_scale_base)
+        if cache is not NO_CACHE:
+            longest //= 2  # powers are measured from one end then, not from the middle
         # To read positions would stall another device; there they are taken to be consecutive.
         extent = positions.shape[-1]
         if device.type == "cpu":
@@ -66,13 +74,21 @@ class Rotary(nn.Module):
                 f"positions: expected at most {longest}, as far as float32 reaches for xPos with scale base "
                 f"{self.xpos_scale_base}, got {extent}"
             )
-        # Scores depend on the difference of two powers, so any origin will do; the middle keeps them
+        zeta = ((x + 0.4 * self.dim) / (1.4 * self.dim)).repeat(2)
+        # Scores depend on the difference of two powers, so any origin will do. That of stored keys moves on
+        # to the last position with every call, so that they only ever shrink; else the middle keeps powers
         # smallest.
-        power = (exact - exact.mean(dim=-1, keepdim=True).floor()) / self.xpos_scale_base
-        scale = ((x + 0.4 * self.dim) / (1.4 * self.dim)) ** power[..., None]
+        if cache is NO_CACHE:
+            power = (exact - exact.mean(dim=-1, keepdim=True).floor()) / self.xpos_scale_base
+            scale = zeta ** power[..., None]
+            scales = (scale, 1 / scale)
+        else:
+            cache.fade_keys(zeta ** (1 / self.xpos_scale_base), len(positions), device)
+            scale = zeta ** ((exact - exact[-1]) / self.xpos_scale_base)[:, None]
+            scales = (scale, torch.ones_like(scale))
         query, key = (
             RotaryTable((cos * s).to(device, torch.float32), (sin * s).to(device, torch.float32))
-            for s in (scale, 1 / scale)
+            for s in scales
         )
         return query, key
 
@@ -83,6 +99,6 @@ def apply_rotary(x: Tensor, table: RotaryTable) -> Tensor:
     Half-split: dim x turns with dim x + r / 2.
     """
     cos, sin = (t if t.dim() == 2 else t[:, None] for t in table)
-    if 2 * cos.shape[-1] > x.shape[-1]:
-        raise ValueError(f"table: turns {2 * cos.shape[-1]} dims, and x has only {x.shape[-1]}")
+    if cos.shape[-1] > x.shape[-1]:
+        raise ValueError(f"table: turns {cos.shape[-1]} dims, and x has only {x.shape[-1]}")
     return rotate(x, cos, sin)

@@ -9,10 +9,13 @@ Shapes: b batch; n sequence length; h heads; d head dim; c model width.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from torch import Tensor, nn
 
 from palm_pytorch.layers.attention import MultiQueryAttention
 from palm_pytorch.layers.feedforward import GEGLU, FeedForward
+from palm_pytorch.layers.kv_cache import NO_CACHE, NO_PAST, KVCache, LayerCache
 from palm_pytorch.layers.norm import make_norm
 from palm_pytorch.layers.relative_bias import T5RelativeBias
 from palm_pytorch.models.language_model import LanguageModel
@@ -33,6 +36,7 @@ class LaMDABlock(nn.Module):
         num_buckets: int,
         max_distance: int,
         norm: str,
+        bias: bool,
         attention_backend: str,
     ) -> None:
         super().__init__()
@@ -44,13 +48,14 @@ class LaMDABlock(nn.Module):
             dim_head=dim_head,
             kv_heads=kv_heads,
             dropout=dropout,
+            out_bias=bias,
             attention_backend=attention_backend,
         )
         self.ff_norm = make_norm(norm, dim)
-        self.ff = FeedForward(dim, ff_mult, GEGLU, dropout)
+        self.ff = FeedForward(dim, ff_mult, GEGLU, dropout, bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), bias=self.relative_bias())
+    def forward(self, x: Tensor, key_mask: Tensor | None = None, past: LayerCache = NO_PAST) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), bias=self.relative_bias(), key_mask=key_mask, past=past)
         return x + self.ff(self.ff_norm(x))
 
 
@@ -64,6 +69,8 @@ class LaMDA(LanguageModel):
     dropout: share of attention weights and of inner feed-forward features dropped in training.
     num_buckets, max_distance: of the T5 relative bias.  norm: "rmsnorm" or "layernorm" (without bias).
     attention_backend: as in `palm_pytorch.ops.attention`.
+    For weights of older models: bias, in the feed-forward, after attention and in an untied head; norm
+    "layernorm-biased".
 
     Raises ValueError or TypeError naming the argument that does not fit.
     """
@@ -83,6 +90,7 @@ class LaMDA(LanguageModel):
         max_distance: int = 128,
         norm: str = "rmsnorm",
         tie_embeddings: bool = True,
+        bias: bool = False,
         attention_backend: str = "auto",
     ) -> None:
         super().__init__(locals())
@@ -97,14 +105,24 @@ class LaMDA(LanguageModel):
                 num_buckets=num_buckets,
                 max_distance=max_distance,
                 norm=norm,
+                bias=bias,
                 attention_backend=attention_backend,
             )
             for _ in range(depth)
         )
         self.init_weights()
 
-    def hidden(self, tokens: Tensor) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, *, key_mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        cache = cache or NO_CACHE
+        key_mask = cache.begin(key_mask, *tokens.shape)
         x = self.token_emb(tokens)
-        for layer in self.layers:
-            x = layer(x)
+        for layer, past in zip(self.layers, cache, strict=False):
+            x = layer(x, key_mask, past)
+        cache.advance()
         return self.norm(x)
+
+    if TYPE_CHECKING:
+        # `palm_pytorch.generation` gives it this.
+        def sample_and_rank(self, prompt: Tensor, max_new_tokens: int, **options: Any) -> Any: ...

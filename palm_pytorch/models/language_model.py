@@ -6,17 +6,21 @@ Shapes: b batch; n sequence length; c model width; v num_tokens.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from palm_pytorch.layers.norm import L2Norm, LayerNorm, RMSNorm, make_norm
-from palm_pytorch.layers.relative_bias import T5RelativeBias
+from palm_pytorch.layers.kv_cache import KVCache
+from palm_pytorch.layers.norm import make_norm
 from palm_pytorch.ops import linear_cross_entropy
 from palm_pytorch.ops.arguments import expect_integer, expect_number, expect_tensor
 from palm_pytorch.ops.attention import check_backend
+
+M = TypeVar("M", bound="LanguageModel")
 
 
 class LanguageModel(nn.Module):
@@ -31,13 +35,20 @@ class LanguageModel(nn.Module):
         check_config(self.config)
         num_tokens, dim = config["num_tokens"], config["dim"]
         self.token_emb = nn.Embedding(num_tokens, dim)
-        self.norm = make_norm(config["norm"], dim)
-        self.to_logits = None if config["tie_embeddings"] else nn.Linear(dim, num_tokens, bias=False)
+        # `final_norm` and `bias` are options of the models whose older kin had none, or had it.
+        self.norm = make_norm(config["norm"], dim) if config.get("final_norm", True) else nn.Identity()
+        bias = config.get("bias", False)
+        self.to_logits = None if config["tie_embeddings"] else nn.Linear(dim, num_tokens, bias=bias)
 
     @property
     def head_weight(self) -> Tensor:
         """(v, c), maps hidden states to logits. Tied models have no second tensor that could come apart."""
         return self.token_emb.weight if self.to_logits is None else self.to_logits.weight
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """(v,), or None: only an untied head can have one."""
+        return None if self.to_logits is None else self.to_logits.bias
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -45,19 +56,31 @@ class LanguageModel(nn.Module):
 
         Kernels are normal with variance 1 / fan-in (PaLM, arXiv 2204.02311, section 5), so that a layer
         keeps the scale of its input; embeddings are normal with std 0.02 (GPT-2), so that tied logits start
-        near zero; gains are one.
+        near zero; gains are one, biases zero.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, RMSNorm | LayerNorm | L2Norm | T5RelativeBias):
-                module.reset_parameters()
+            elif callable(reset := getattr(module, "reset_parameters", None)):  # norms and bias tables
+                reset()
 
     @abstractmethod
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """Final hidden states, normed: (b, n, c), or of the last positions only."""
+    def hidden(
+        self, tokens: Tensor, *, key_mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Final hidden states, normed: (b, n, c), or of the last positions only.
+
+        key_mask: (b, n) bool, True where a token may be attended to; None for everywhere.
+        cache: of `new_cache`; tokens come after those it holds, attend to them too, and are added to it.
+        """
+
+    def new_cache(self, capacity: int = 256) -> KVCache:
+        """An empty cache for `model(tokens, cache=cache)`, with room for `capacity` tokens at first."""
+        return KVCache(self.config["depth"], capacity)
 
     def forward(
         self,
@@ -66,6 +89,7 @@ class LanguageModel(nn.Module):
         labels: Tensor | None = None,
         ignore_index: int = -100,
         z_loss: float = 0.0,
+        last_only: bool = False,
         **inputs: Any,
     ) -> Tensor:
         """Logits (b, n, v) of tokens (b, n); with labels (b, n), their mean cross-entropy in nats, a scalar.
@@ -73,6 +97,8 @@ class LanguageModel(nn.Module):
         Label `[.., t]` is what position t must predict; `ignore_index` marks labels that do not count.
         z_loss: weight of PaLM's auxiliary loss `log(Z)^2` (arXiv 2204.02311, section 5).
         With labels, logits are never held all at once.
+        last_only: logits of the last position alone, (b, 1, v).
+        inputs: of the model's `hidden`.
         """
         check_tokens(tokens, self.config["num_tokens"], self.token_emb.weight.device)
         if labels is not None:
@@ -82,11 +108,35 @@ class LanguageModel(nn.Module):
                 raise ValueError(f"labels: expected the shape of tokens, {shapes}")
         hidden = self.hidden(tokens, **inputs)
         if labels is None:
-            return F.linear(hidden, self.head_weight)
+            return F.linear(hidden[:, -1:] if last_only else hidden, self.head_weight, self.head_bias)
         labels = labels[:, -hidden.shape[1] :]
         return linear_cross_entropy(
-            hidden, self.head_weight, labels, ignore_index=ignore_index, z_loss=z_loss
+            hidden,
+            self.head_weight,
+            labels,
+            bias=self.head_bias,
+            ignore_index=ignore_index,
+            z_loss=z_loss,
         )
+
+    if TYPE_CHECKING:
+        # `palm_pytorch.generation` stands above the models, and gives them these.
+        def generate(self, prompt: Tensor, max_new_tokens: int, **options: Any) -> Any: ...
+        def stream(self, prompt: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Tensor]: ...
+
+        # And `palm_pytorch.checkpoints` these.
+        @classmethod
+        def from_pretrained(
+            cls: type[M],
+            folder_or_hub_id: str | Path,
+            *,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
+            revision: str | None = None,
+            **config: Any,
+        ) -> M: ...
+        def save_pretrained(self, folder: str | Path, *, max_shard_size: int = ...) -> None: ...
+        def push_to_hub(self, repo_id: str, **options: Any) -> str: ...
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -99,15 +149,17 @@ def check_config(config: dict[str, Any]) -> None:
     check_backend(config["attention_backend"])
 
 
-def check_tokens(tokens: Tensor, num_tokens: int, device: torch.device) -> None:
-    """Refuses what is no batch of token ids; values are read on the CPU only: it stalls others."""
-    expect_tensor("tokens", tokens)
+def check_tokens(tokens: Tensor, num_tokens: int, device: torch.device, name: str = "tokens") -> None:
+    """Refuses what is no batch of token ids; values are read on the CPU only (it stalls others), and
+    not in compiled code (it breaks it up)."""
+    expect_tensor(name, tokens)
     if tokens.dtype not in (torch.long, torch.int):
-        raise TypeError(f"tokens: expected torch.long or torch.int, got {tokens.dtype}")
+        raise TypeError(f"{name}: expected torch.long or torch.int, got {tokens.dtype}")
     if tokens.dim() != 2 or 0 in tokens.shape:
-        raise ValueError(f"tokens: expected shape (batch, length), neither empty, got {tuple(tokens.shape)}")
+        raise ValueError(f"{name}: expected shape (batch, length), neither empty, got {tuple(tokens.shape)}")
     if tokens.device != device:
-        raise ValueError(f"tokens: expected the model's device {device}, got {tokens.device}")
-    if device.type == "cpu" and not 0 <= int(tokens.min()) <= int(tokens.max()) < num_tokens:
+        raise ValueError(f"{name}: expected the model's device {device}, got {tokens.device}")
+    read = device.type == "cpu" and not torch.compiler.is_compiling()
+    if read and not 0 <= int(tokens.min()) <= int(tokens.max()) < num_tokens:
         found = f"from {int(tokens.min())} to {int(tokens.max())}"
-        raise ValueError(f"tokens: expected ids in [0, {num_tokens}), got ids {found}")
+        raise ValueError(f"{name}: expected ids in [0, {num_tokens}), got ids {found}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from palm_pytorch.layers.attention import merge_heads, split_heads
 from palm_pytorch.layers.feedforward import swiglu
+from palm_pytorch.layers.kv_cache import NO_CACHE, NO_PAST, KVCache, LayerCache
 from palm_pytorch.layers.norm import L2Norm, make_norm
 from palm_pytorch.layers.rotary import Rotary, RotaryTable, apply_rotary
 from palm_pytorch.models.language_model import LanguageModel
@@ -52,18 +53,32 @@ class ParallelBlock(nn.Module):
         self.ff_dropout = nn.Dropout(ff_dropout)
         self.ff_out = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[RotaryTable, RotaryTable]) -> Tensor:
-        q, k, v, value, gate = self.fused_proj(self.norm(x)).split(self.widths, dim=-1)
-        attended = self.attn_out(self.attend(q, k, v, rotary))
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[RotaryTable, RotaryTable],
+        key_mask: Tensor | None = None,
+        past: LayerCache = NO_PAST,
+    ) -> Tensor:
+        q, k, v, value, gate = self.fused_proj(self.norm(x)).split_with_sizes(self.widths, dim=-1)
+        attended = self.attn_out(self.attend(q, k, v, rotary, key_mask, past))
         return x + attended + self.ff_out(self.ff_dropout(swiglu(value, gate)))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rotary: tuple[RotaryTable, RotaryTable]) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: tuple[RotaryTable, RotaryTable],
+        key_mask: Tensor | None,
+        past: LayerCache,
+    ) -> Tensor:
         """q (b, n, h d), k and v (b, n, d) -> (b, n, h d)."""
         q, k, v = (split_heads(t, self.dim_head) for t in (q, k, v))
         q = apply_rotary(self.q_norm(q), rotary[0])
-        k = apply_rotary(self.k_norm(k), rotary[1])
+        k, v = past.append(apply_rotary(self.k_norm(k), rotary[1]), v)
         dropout_p = self.attn_dropout if self.training else 0.0
-        return merge_heads(attention(q, k, v, dropout_p=dropout_p, backend=self.backend))
+        return merge_heads(attention(q, k, v, key_mask=key_mask, dropout_p=dropout_p, backend=self.backend))
 
 
 class PaLM(LanguageModel):
@@ -76,6 +91,7 @@ class PaLM(LanguageModel):
     attn_dropout, ff_dropout: share of attention weights and of inner feed-forward features dropped in
     training.
     attention_backend: as in `palm_pytorch.ops.attention`.
+    For weights of older models: final_norm=False reads logits off the un-normed stream.
 
     Raises ValueError or TypeError naming the argument that does not fit.
     """
@@ -94,6 +110,7 @@ class PaLM(LanguageModel):
         xpos: bool = False,
         xpos_scale_base: int = 512,
         tie_embeddings: bool = True,
+        final_norm: bool = True,
         attn_dropout: float = 0.0,
         ff_dropout: float = 0.0,
         attention_backend: str = "auto",
@@ -120,9 +137,15 @@ class PaLM(LanguageModel):
         )
         self.init_weights()
 
-    def hidden(self, tokens: Tensor) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, *, key_mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        cache = cache or NO_CACHE
+        key_mask = cache.begin(key_mask, *tokens.shape)
         x = self.token_emb(tokens)
-        rotary = self.rotary(torch.arange(tokens.shape[1], device=tokens.device))
-        for layer in self.layers:
-            x = layer(x, rotary)
+        positions = torch.arange(cache.length, cache.length + tokens.shape[1], device=tokens.device)
+        rotary = self.rotary(positions, cache)
+        for layer, past in zip(self.layers, cache, strict=False):
+            x = layer(x, rotary, key_mask, past)
+        cache.advance()
         return self.norm(x)

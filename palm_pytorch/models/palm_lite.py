@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from palm_pytorch.layers.alibi import alibi_slopes
 from palm_pytorch.layers.attention import merge_heads, split_heads
 from palm_pytorch.layers.feedforward import swiglu
+from palm_pytorch.layers.kv_cache import NO_CACHE, NO_PAST, KVCache, LayerCache
 from palm_pytorch.layers.norm import L2Norm, make_norm
 from palm_pytorch.models.language_model import LanguageModel
 from palm_pytorch.ops import AlibiBias, attention
@@ -48,17 +49,32 @@ class ParallelLiteBlock(nn.Module):
         self.ff_dropout = nn.Dropout(ff_dropout)
         self.ff_out = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, x: Tensor, alibi: AlibiBias) -> Tensor:
-        q, kv, value, gate = self.fused_proj(self.norm(x)).split(self.widths, dim=-1)
-        attended = self.attn_out(self.attend(q, kv, alibi))
+    def forward(
+        self,
+        x: Tensor,
+        alibi: AlibiBias,
+        key_mask: Tensor | None = None,
+        past: LayerCache = NO_PAST,
+    ) -> Tensor:
+        q, kv, value, gate = self.fused_proj(self.norm(x)).split_with_sizes(self.widths, dim=-1)
+        attended = self.attn_out(self.attend(q, kv, alibi, key_mask, past))
         return x + attended + self.ff_out(self.ff_dropout(swiglu(value, gate)))
 
-    def attend(self, q: Tensor, kv: Tensor, alibi: AlibiBias) -> Tensor:
+    def attend(
+        self, q: Tensor, kv: Tensor, alibi: AlibiBias, key_mask: Tensor | None, past: LayerCache
+    ) -> Tensor:
         """q (b, n, h d), kv (b, n, d) -> (b, n, h d)."""
         q, kv = (split_heads(t, self.dim_head) for t in (q, kv))
-        dropout_p = self.attn_dropout if self.training else 0.0
+        # Stored before the key's norm: one tensor, not two.
+        (kv,) = past.append(kv)
         out = attention(
-            self.q_norm(q), self.k_norm(kv), kv, bias=alibi, dropout_p=dropout_p, backend=self.backend
+            self.q_norm(q),
+            self.k_norm(kv),
+            kv,
+            bias=alibi,
+            key_mask=key_mask,
+            dropout_p=self.attn_dropout if self.training else 0.0,
+            backend=self.backend,
         )
         return merge_heads(out)
 
@@ -66,7 +82,7 @@ class ParallelLiteBlock(nn.Module):
 class PaLMLite(LanguageModel):
     """Decoder language model of parallel blocks with ALiBi (Press et al. 2022, arXiv 2108.12409).
 
-    Arguments as for `PaLM`, less those of rotary.
+    Arguments as for `PaLM`, less those of rotary. For weights of older models: norm "rmsnorm-clamped".
 
     Raises ValueError or TypeError naming the argument that does not fit.
     """
@@ -104,9 +120,14 @@ class PaLMLite(LanguageModel):
         )
         self.init_weights()
 
-    def hidden(self, tokens: Tensor) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, *, key_mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        cache = cache or NO_CACHE
+        key_mask = cache.begin(key_mask, *tokens.shape)
         x = self.token_emb(tokens)
         alibi = AlibiBias(alibi_slopes(self.config["heads"], tokens.device))
-        for layer in self.layers:
-            x = layer(x, alibi)
+        for layer, past in zip(self.layers, cache, strict=False):
+            x = layer(x, alibi, key_mask, past)
+        cache.advance()
         return self.norm(x)

@@ -20,9 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from palm_pytorch.layers.attention import MultiQueryAttention
-from palm_pytorch.layers.feedforward import FeedForward
+from palm_pytorch.layers.feedforward import FeedForward, SwiGLU
+from palm_pytorch.layers.kv_cache import NO_CACHE, KVCache
 from palm_pytorch.layers.norm import make_norm
-from palm_pytorch.layers.rotary import Rotary, RotaryTable
+from palm_pytorch.layers.prefix_dropout import PrefixDropout
+from palm_pytorch.layers.rotary import Rotary
 from palm_pytorch.models.language_model import LanguageModel
 from palm_pytorch.ops.arguments import expect_integer, expect_mask
 
@@ -30,30 +32,30 @@ from palm_pytorch.ops.arguments import expect_integer, expect_mask
 class PerceiveBlock(nn.Module):
     """Latents attend causally to the prefix and to themselves, then go through a feed-forward."""
 
-    def __init__(self, dim: int, *, norm: str, ff_mult: int, dropout: float, **attention: Any) -> None:
+    def __init__(self, dim: int, *, norm: str, dropout: float, ff: dict[str, Any], **attention: Any) -> None:
         super().__init__()
         self.attn_norm, self.prefix_norm, self.ff_norm = (make_norm(norm, dim) for _ in range(3))
         self.attn = MultiQueryAttention(dim, dropout=dropout, **attention)
-        self.ff = FeedForward(dim, ff_mult, dropout=dropout)
+        self.ff = FeedForward(dim, dropout=dropout, **ff)
 
-    def forward(
-        self, x: Tensor, prefix: Tensor, rotary: tuple[RotaryTable, RotaryTable], key_mask: Tensor | None
-    ) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), self.prefix_norm(prefix), rotary=rotary, key_mask=key_mask)
+    def forward(self, x: Tensor, prefix: Tensor, **keys: Any) -> Tensor:
+        """keys: as `MultiQueryAttention` has them."""
+        x = x + self.attn(self.attn_norm(x), self.prefix_norm(prefix), **keys)
         return x + self.ff(self.ff_norm(x))
 
 
 class LatentBlock(nn.Module):
     """Causal self-attention of the latents, then a feed-forward."""
 
-    def __init__(self, dim: int, *, norm: str, ff_mult: int, dropout: float, **attention: Any) -> None:
+    def __init__(self, dim: int, *, norm: str, dropout: float, ff: dict[str, Any], **attention: Any) -> None:
         super().__init__()
         self.attn_norm, self.ff_norm = (make_norm(norm, dim) for _ in range(2))
         self.attn = MultiQueryAttention(dim, dropout=dropout, **attention)
-        self.ff = FeedForward(dim, ff_mult, dropout=dropout)
+        self.ff = FeedForward(dim, dropout=dropout, **ff)
 
-    def forward(self, x: Tensor, rotary: tuple[RotaryTable, RotaryTable]) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rotary=rotary)
+    def forward(self, x: Tensor, **keys: Any) -> Tensor:
+        """keys: as `MultiQueryAttention` has them."""
+        x = x + self.attn(self.attn_norm(x), **keys)
         return x + self.ff(self.ff_norm(x))
 
 
@@ -73,6 +75,8 @@ class PerceiverAR(LanguageModel):
     ff_mult: inner width of the feed-forward, in multiples of dim.  norm: "rmsnorm" or "layernorm" (without
     bias).
     attention_backend: as in `palm_pytorch.ops.attention`.
+    For weights of older models: norm "layernorm-biased"; final_norm=False; gated=False, a GELU feed-forward;
+    prefix_bias, after attention to the prefix.
 
     Raises ValueError or TypeError naming the argument that does not fit.
     """
@@ -94,6 +98,9 @@ class PerceiverAR(LanguageModel):
         perceive_depth: int = 1,
         norm: str = "rmsnorm",
         tie_embeddings: bool = True,
+        final_norm: bool = True,
+        gated: bool = True,
+        prefix_bias: bool = False,
         attention_backend: str = "auto",
     ) -> None:
         kv_heads = heads if kv_heads is None else kv_heads
@@ -112,57 +119,76 @@ class PerceiverAR(LanguageModel):
             )
         self.rotary = Rotary(min(dim_head, max(32, dim_head // 4 * 2)))
         self.max_seq_len = max_seq_len
-        self.prefix_len, self.prefix_dropout = cross_attn_seq_len, cross_attn_dropout
-        shape: dict[str, Any] = {
-            "norm": norm,
-            "ff_mult": ff_mult,
-            "dropout": dropout,
-            "heads": heads,
-            "dim_head": dim_head,
-            "kv_heads": kv_heads,
-            "attention_backend": attention_backend,
-        }
-        self.perceive_layers = nn.ModuleList(PerceiveBlock(dim, **shape) for _ in range(perceive_depth))
+        self.prefix_len, self.drop_prefix = cross_attn_seq_len, PrefixDropout(cross_attn_dropout)
+        shape: dict[str, Any] = {"heads": heads, "dim_head": dim_head, "kv_heads": kv_heads}
+        shape |= {"norm": norm, "dropout": dropout, "attention_backend": attention_backend}
+        shape["ff"] = {"ff_mult": ff_mult, "activation": SwiGLU if gated else nn.GELU}
+        self.perceive_layers = nn.ModuleList(
+            PerceiveBlock(dim, out_bias=prefix_bias, **shape) for _ in range(perceive_depth)
+        )
         self.layers = nn.ModuleList(LatentBlock(dim, **shape) for _ in range(depth))
         self.init_weights()
 
-    def hidden(self, tokens: Tensor, *, prefix_mask: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        prefix_mask: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
         """Final hidden states of the latents, (b, m, c).
 
         prefix_mask: (b, p) bool, True where a prefix token may be attended to.
+        key_mask: (b, n) bool, that of all tokens instead. Latents that may not be are padding on the left:
+        the positions of a row begin with its first latent.
+        cache: the first call with it brings the prefix, each further one the latents behind those it holds.
         """
-        self._check(tokens, prefix_mask)
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        prefix, x = (self.token_emb(tokens) + self.pos_emb(positions)).tensor_split([self.prefix_len], dim=1)
-        at, latents_at = positions.tensor_split([self.prefix_len])
-        for layer in self.perceive_layers:
-            kept, kept_at, kept_mask = self._drop_prefix(prefix, at, prefix_mask)
-            rotary = self.rotary(torch.cat([kept_at, latents_at.expand(*kept_at.shape[:-1], -1)], dim=-1))
-            key_mask = None if kept_mask is None else F.pad(kept_mask, (0, x.shape[1]), value=True)
-            x = layer(x, kept, rotary, key_mask)
+        cache = cache or NO_CACHE
+        self._check(tokens, prefix_mask, cache)
+        (b, n), p = tokens.shape, 0 if cache.length else self.prefix_len
+        padded = key_mask is not None or cache.mask is not None
+        if prefix_mask is not None:
+            key_mask = F.pad(prefix_mask, (0, n - p), value=True)
+        key_mask = cache.begin(key_mask, b, n)
+        at, latents_at = torch.arange(cache.length, cache.length + n, device=tokens.device).tensor_split([p])
+        latent_mask = None
+        if padded and key_mask is not None:
+            latent_mask = key_mask[:, self.prefix_len :]
+            counted = latent_mask.cumsum(dim=-1)[:, p - n :]
+            latents_at = self.prefix_len - 1 + counted.clamp(min=1)
+        prefix, x = self.token_emb(tokens).tensor_split([p], dim=1)
+        prefix, x = prefix + self.pos_emb(at), x + self.pos_emb(latents_at)
+        pasts = iter(cache)
+        for layer, past in zip(self.perceive_layers, pasts, strict=False):
+            kept, kept_at, kept_mask = self.drop_prefix(prefix, at, key_mask)
+            rows = torch.broadcast_shapes(kept_at.shape[:-1], latents_at.shape[:-1])
+            every = torch.cat([kept_at.expand(*rows, -1), latents_at.expand(*rows, -1)], dim=-1)
+            x = layer(x, kept, rotary=self.rotary(every), key_mask=kept_mask, past=past)
         rotary = self.rotary(latents_at)
-        for layer in self.layers:
-            x = layer(x, rotary)
+        for layer, past in zip(self.layers, pasts, strict=False):
+            x = layer(x, rotary=rotary, key_mask=latent_mask, past=past)
+        cache.advance()
         return self.norm(x)
 
-    def _drop_prefix(
-        self, prefix: Tensor, at: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The prefix, its positions and mask; in training a random part of it in order, positions (b, p')."""
-        dropped = int(self.prefix_len * self.prefix_dropout)
-        if not self.training or dropped == 0:
-            return prefix, at, mask
-        b, p, c = prefix.shape
-        kept = torch.rand(b, p, device=prefix.device).argsort(dim=-1)[:, dropped:].sort(dim=-1).values
-        prefix = prefix.gather(1, kept[..., None].expand(-1, -1, c))
-        return prefix, kept, None if mask is None else mask.gather(1, kept)
-
-    def _check(self, tokens: Tensor, prefix_mask: Tensor | None) -> None:
+    def _check(self, tokens: Tensor, prefix_mask: Tensor | None, cache: KVCache) -> None:
         b, n = tokens.shape
-        if not self.prefix_len < n <= self.max_seq_len:
+        if not self.prefix_len < cache.length + n <= self.max_seq_len:
             raise ValueError(
                 f"tokens: expected a length above cross_attn_seq_len={self.prefix_len} and at most "
-                f"max_seq_len={self.max_seq_len}, got {n}"
+                f"max_seq_len={self.max_seq_len}, got {cache.length + n}"
             )
         if prefix_mask is not None:
             expect_mask("prefix_mask", prefix_mask, (b, self.prefix_len))
+            if cache.length:
+                raise ValueError("prefix_mask: the cache holds the prefix already, so expected None")
+
+    def new_cache(self, capacity: int = 256) -> KVCache:
+        """As of the others, but that nothing goes past max_seq_len, and that the latents' layers hold no
+        prefix.
+        """
+        capacity = min(max(capacity, self.prefix_len + 1), self.max_seq_len)
+        cache = KVCache(len(self.perceive_layers) + len(self.layers), capacity)
+        for layer in cache.layers[len(self.perceive_layers) :]:
+            layer.capacity = capacity - self.prefix_len
+        return cache

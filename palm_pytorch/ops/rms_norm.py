@@ -18,17 +18,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., c) over its root mean square, times weight (c,); computed in float32 or better, in the dtype
     of x.
     """
+    if not torch.is_grad_enabled():
+        return _normed(x, weight, eps)[0]
     return _RMSNorm.apply(x, weight, eps)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The result, and r of each row, (..., 1)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) ** 2 / x.shape[-1]
+    inverse = (mean_square + eps).rsqrt()
+    return (wide * inverse).mul_(weight.to(wide.dtype)).to(x.dtype), inverse
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) ** 2 / x.shape[-1]
-        inverse = (mean_square + eps).rsqrt()
+        normed, inverse = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).mul_(weight.to(wide.dtype)).to(x.dtype)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -4,8 +4,8 @@ Shapes: ... b, h leading dimensions; n sequence length; d head dim; r rotated di
 
     y1 = x1 cos - x2 sin;   y2 = x2 cos + x1 sin        (x1, x2: the halves of the r rotated dims)
 
-A rotation's transpose is the rotation back, so backward is the same function with -sin, and keeps nothing
-of x.
+That is x times (cos, cos) plus x with its halves exchanged times (-sin, sin). A rotation's transpose is the
+rotation back, so backward is the same function with the sign of sin turned, and keeps nothing of x.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from torch import Tensor
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the first r of d dims of x (..., n, d), computed in float32 or better, in the dtype of x.
 
-    cos, sin: (..., n, r / 2), constants of any scale, broadcast against x.
+    cos, sin: (..., n, r), constants of any scale, broadcast against x; sin is negated in its first half.
     """
+    if not torch.is_grad_enabled():
+        return _rotated(x, cos, sin)
     return _Rotate.apply(x, cos, sin)
 
 
@@ -37,11 +39,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = cos.shape[-1]
-    out = torch.empty_like(x)
-    wide = x[..., : 2 * half].to(torch.promote_types(x.dtype, torch.float32))
-    first, second = wide.chunk(2, dim=-1)
-    out[..., :half] = torch.addcmul(first * cos, second, sin, value=-1)
-    out[..., half : 2 * half] = torch.addcmul(second * cos, first, sin)
-    out[..., 2 * half :] = x[..., 2 * half :]
-    return out
+    r = cos.shape[-1]
+    wide = x[..., :r].to(torch.promote_types(x.dtype, torch.float32))
+    out = (wide * cos).addcmul_(wide.roll(r // 2, dims=-1), sin).to(x.dtype)
+    return out if r == x.shape[-1] else torch.cat([out, x[..., r:]], dim=-1)

@@ -218,6 +218,39 @@ def test_generation_follows_the_seed() -> None:
     assert torch.equal(tokens(0), tokens(0)) and not torch.equal(tokens(0), tokens(1))
 
 
+@pytest.mark.parametrize("stride", [1, 5])
+def test_a_prefix_mask_moves_with_the_tokens(stride: int) -> None:
+    """What was hidden stays hidden where it goes, and what comes after it is seen."""
+    net, p, longest = build(PerceiverAR).double().eval(), 6, 20
+    tokens, mask = random_tokens(17), torch.ones(2, 60, dtype=torch.bool)
+    mask[:, :p] = torch.rand(2, p) > 0.5
+    shown, start = 17, tokens
+    with torch.no_grad():
+        for _ in range(25):
+            first = tokens.shape[1] - shown
+            logits = net(tokens[:, first:], prefix_mask=mask[:, first : first + p])[:, -1]
+            tokens = torch.cat([tokens, logits.argmax(dim=-1, keepdim=True)], dim=1)
+            shown = shown + 1 if shown < longest else longest + 1 - stride
+    wrapper = AutoregressiveWrapper(net)
+    found = wrapper.generate(start, 25, temperature=0, stride=stride, prefix_mask=mask[:, :p])
+    assert torch.equal(found, tokens[:, 17:])
+
+
+def test_a_prompt_shorter_than_the_prefix() -> None:
+    net, start = build(PerceiverAR).double(), random_tokens(3)
+    found = AutoregressiveWrapper(net).generate(start, 9, temperature=0)
+    assert torch.equal(found, net.generate(start, 9, temperature=0))
+
+
+@models
+def test_tokens_are_read_once_while_they_fit_the_window(kind: Callable[..., nn.Module]) -> None:
+    net = build(kind)
+    lengths: list[int] = []
+    net.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    AutoregressiveWrapper(net, max_seq_len=12).generate(random_tokens(9), 7)
+    assert lengths == [9, 1, 1, 1, 12, 12, 12]
+
+
 # Modes
 
 
@@ -297,6 +330,8 @@ def test_bad_training_input_is_refused_by_name(
         ({"seq_len": 2.5}, TypeError, r"seq_len: .*2\.5"),
         ({"temperature": -0.5}, ValueError, "temperature: .*-0.5"),
         ({"filter_thres": 2.0}, ValueError, "filter_thres: .*2.0"),
+        ({"stride": 0}, ValueError, "stride: .*0"),
+        ({"stride": 2049}, ValueError, "stride: .*2049"),
         ({"surprise": 1}, TypeError, "surprise"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
@@ -307,3 +342,20 @@ def test_bad_generation_input_is_refused_by_name(
     wrapper = AutoregressiveWrapper(build(PaLM))
     with pytest.raises(kind, match=said):
         wrapper.generate(**{"start_tokens": random_tokens(3), "seq_len": 2, **changes})
+
+
+@pytest.mark.parametrize(
+    ("start", "mask", "said"),
+    [
+        (9, torch.ones(2, 5, dtype=torch.bool), r"prefix_mask: .*\(2, 5\)"),
+        (6, torch.ones(2, 6).bool(), "prefix_mask: .*6"),
+    ],
+)
+def test_a_prefix_mask_that_does_not_fit_is_refused(start: int, mask: Tensor, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        AutoregressiveWrapper(build(PerceiverAR)).generate(random_tokens(start), 2, prefix_mask=mask)
+
+
+def test_a_window_that_predicts_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"max_seq_len: .*6.*6"):
+        AutoregressiveWrapper(build(PerceiverAR), max_seq_len=6).generate(random_tokens(9), 1)

@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from palm_pytorch.generation.sampling import sample, top_k_filter
+from palm_pytorch.generation.sampling import (
+    Sampling,
+    min_p_filter,
+    penalise_repetition,
+    sample,
+    top_k_filter,
+    top_p_filter,
+)
 
 INF = math.inf
 
@@ -141,3 +148,104 @@ def test_rows_are_drawn_apart_and_follow_the_seed() -> None:
 def test_bad_options_are_refused_by_name(options: dict[str, Any], kind: type[Exception], said: str) -> None:
     with pytest.raises(kind, match=said):
         sample(torch.zeros(1, 4), **options)
+
+
+# top_p_filter and min_p_filter
+
+
+def log(*probabilities: float) -> Tensor:
+    return torch.tensor([probabilities]).log()
+
+
+def kept(logits: Tensor) -> list[int]:
+    return logits[0].isfinite().nonzero()[:, 0].tolist()
+
+
+PROBABILITIES = (0.1, 0.4, 0.05, 0.3, 0.15)
+
+
+@pytest.mark.parametrize(
+    ("p", "left"),
+    [
+        (1e-9, [1]),
+        (0.39, [1]),
+        (0.41, [1, 3]),
+        (0.69, [1, 3]),
+        (0.71, [1, 3, 4]),
+        (0.84, [1, 3, 4]),
+        (0.86, [0, 1, 3, 4]),
+        (0.96, [0, 1, 2, 3, 4]),
+        (1.0, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_the_likeliest_that_reach_p_together_stay(p: float, left: list[int]) -> None:
+    logits = log(*PROBABILITIES) + 7
+    filtered = top_p_filter(logits, p)
+    assert kept(filtered) == left and torch.equal(filtered[0, left], logits[0, left])
+
+
+def test_rows_are_filtered_apart() -> None:
+    logits = torch.cat([log(0.7, 0.2, 0.1), log(0.1, 0.45, 0.45)])
+    assert top_p_filter(logits, 0.6).isfinite().tolist() == [[True, False, False], [False, True, True]]
+    assert min_p_filter(logits, 0.3).isfinite().tolist() == [[True, False, False], [False, True, True]]
+
+
+def test_what_is_ruled_out_already_stays_so() -> None:
+    logits = torch.tensor([[-INF, 1.0, 1.0, -INF]])
+    assert kept(top_p_filter(logits, 0.99)) == [1, 2] and kept(min_p_filter(logits, 0.01)) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("p", "left"),
+    [
+        (0.0, [0, 1, 2, 3, 4]),
+        (0.12, [0, 1, 2, 3, 4]),
+        (0.13, [0, 1, 3, 4]),
+        (0.5, [1, 3]),
+        (0.76, [1]),
+        (1.0, [1]),
+    ],
+)
+def test_tokens_near_the_likeliest_stay(p: float, left: list[int]) -> None:
+    assert kept(min_p_filter(log(*PROBABILITIES) - 3, p)) == left
+
+
+@given(st.lists(st.integers(-5, 5), min_size=1, max_size=30), st.floats(0.01, 1.0))
+def test_top_p_keeps_enough_and_no_more_than_it_must(values: list[int], p: float) -> None:
+    logits = torch.tensor([values], dtype=torch.float64)
+    probabilities = logits.softmax(dim=-1)[0]
+    left = top_p_filter(logits, p)[0].isfinite()
+    assert probabilities[left].sum() >= p - 1e-9
+    # Without the least likely that are left (ties go together) it would not be enough.
+    assert probabilities[left & (logits[0] > logits[0][left].min())].sum() < p
+
+
+# Sampling
+
+
+def test_repetition_divides_what_is_positive_and_multiplies_what_is_negative() -> None:
+    logits, seen = torch.tensor([[2.0, -2.0, 2.0, -2.0]]), torch.tensor([[True, True, False, False]])
+    assert penalise_repetition(logits, seen, 2.0).tolist() == [[1.0, -4.0, 2.0, -2.0]]
+    assert penalise_repetition(logits, seen, 0.5).tolist() == [[4.0, -1.0, 2.0, -2.0]]
+    assert Sampling(temperature=0, repetition_penalty=2.0).draw(logits, seen=seen).tolist() == [2]
+
+
+def found_by(logits: Tensor, **options: Any) -> list[int]:
+    return Sampling(**options).draw(logits.expand(3000, -1)).unique().tolist()
+
+
+def test_filters_apply_together_and_after_the_temperature() -> None:
+    logits = log(*PROBABILITIES)
+    assert found_by(logits) == [0, 1, 2, 3, 4]
+    assert found_by(logits, top_k=3) == [1, 3, 4]
+    assert found_by(logits, top_k=3, top_p=0.6) == [1, 3]  # of what top-k leaves, 0.4 / 0.85 is not enough
+    assert found_by(logits, top_k=4, min_p=0.5) == [1, 3]
+    # At temperature 0.5 probabilities are squared: 0.16, 0.09 and 0.0225 of 0.285.
+    assert found_by(logits, top_p=0.8, temperature=0.5) == [1, 3]
+    assert found_by(logits, top_p=0.8) == [1, 3, 4]
+
+
+def test_draws_follow_their_generator_alone() -> None:
+    logits = torch.zeros(50, 30)
+    drawn = [Sampling().draw(logits, generator=torch.Generator().manual_seed(s)).tolist() for s in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]

@@ -68,6 +68,14 @@ def test_feed_forward(activation: type[nn.Module], gate: object) -> None:
     assert error(module(x), (projected[..., :18] * gate(projected[..., 18:])) @ outer.T) <= 1e-13  # type: ignore[operator]
 
 
+def test_without_a_gate_and_with_biases() -> None:
+    module = FeedForward(6, 3, nn.GELU, bias=True).double()
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    inner, inner_bias, outer, outer_bias = module.parameters()
+    assert [tuple(w.shape) for w in module.parameters()] == [(18, 6), (18,), (6, 18), (6,)]
+    assert error(module(x), gelu(x @ inner.T + inner_bias) @ outer.T + outer_bias) <= 1e-13
+
+
 def test_dropout_is_for_training() -> None:
     module, x = FeedForward(6, dropout=0.5), torch.randn(3, 6)
     assert not torch.equal(module(x), module(x))

@@ -10,16 +10,27 @@ from definitions import error, l2_norm, layer_norm, rms_norm
 from torch import Tensor, nn
 
 from palm_pytorch.layers import L2Norm, LayerNorm, RMSNorm
-from palm_pytorch.layers.norm import make_norm
+from palm_pytorch.layers.norm import BiasedLayerNorm, ClampedRMSNorm, make_norm
 
 C = 24
-FORMULAS = [(RMSNorm, rms_norm), (LayerNorm, layer_norm), (L2Norm, l2_norm)]
+
+
+def clamped_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x / x.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-8) * weight
+
+
+FORMULAS = [
+    (RMSNorm, rms_norm),
+    (LayerNorm, layer_norm),
+    (L2Norm, l2_norm),
+    (ClampedRMSNorm, clamped_rms_norm),
+]
 norms = pytest.mark.parametrize(("norm", "formula"), FORMULAS, ids=[n.__name__ for n, _ in FORMULAS])
-Norm = type[RMSNorm] | type[LayerNorm] | type[L2Norm]
+Norm = type[RMSNorm] | type[LayerNorm] | type[L2Norm] | type[ClampedRMSNorm]
 Formula = Callable[[Tensor, Tensor], Tensor]
 
 
-def with_gain(norm: Norm, dtype: torch.dtype) -> RMSNorm | LayerNorm | L2Norm:
+def with_gain(norm: Norm, dtype: torch.dtype) -> RMSNorm | LayerNorm | L2Norm | ClampedRMSNorm:
     module = norm(C).to(dtype)
     nn.init.normal_(module.weight, mean=1.0)
     return module
@@ -93,8 +104,26 @@ def test_one_gain_and_no_bias(norm: Norm, formula: Formula) -> None:
     assert (module.weight == 1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_layer_norm_with_bias(dtype: torch.dtype) -> None:
+    module, x = BiasedLayerNorm(C).to(dtype), (torch.randn(50, C) * 1000 + 300).to(dtype)
+    assert (module.weight == 1).all() and (module.bias == 0).all()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, mean=1.0)
+    exact = layer_norm(x.double(), module.weight.double()) + module.bias.double()
+    assert module(x).dtype == dtype
+    assert error(module(x), exact) <= torch.finfo(dtype).eps + 1e-12
+
+
+def test_a_row_next_to_zero_is_not_blown_up() -> None:
+    x = torch.full((1, C), 1e-12, dtype=torch.float64)
+    assert error(ClampedRMSNorm(C).double()(x), x * 1e8) <= 1e-12
+
+
 def test_norm_by_name() -> None:
     assert type(make_norm("rmsnorm", 3)) is RMSNorm
     assert type(make_norm("layernorm", 3)) is LayerNorm
+    assert type(make_norm("layernorm-biased", 3)) is BiasedLayerNorm
+    assert type(make_norm("rmsnorm-clamped", 3)) is ClampedRMSNorm
     with pytest.raises(ValueError, match=r"norm: .*'batchnorm'"):
         make_norm("batchnorm", 3)

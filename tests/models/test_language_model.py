@@ -162,6 +162,30 @@ def test_a_few_steps_learn_a_sequence_by_heart(kind: Kind) -> None:
 # Initialisation
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (PaLMLite, {"norm": "rmsnorm-clamped"}),
+        (PaLM, {"final_norm": False}),
+        (LaMDA, {"norm": "layernorm-biased", "bias": True, "tie_embeddings": False}),
+        (PerceiverAR, {"norm": "layernorm-biased", "final_norm": False, "gated": False, "prefix_bias": True}),
+    ],
+    ids=str,
+)
+def test_parts_of_older_models_are_initialised(kind: Kind, options: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        net = build(kind, **options)
+    net.to_empty(device="cpu")  # poisoned
+    net.init_weights()  # type: ignore[operator]
+    for name, parameter in net.named_parameters():
+        assert parameter.isfinite().all(), name
+        if name.endswith("bias"):
+            assert (parameter == 0).all(), name
+    tokens = random_tokens()
+    net(tokens, labels=tokens).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+
+
 @models
 def test_built_on_meta_then_initialised(kind: Kind) -> None:
     with torch.device("meta"):

@@ -54,12 +54,45 @@ def blockwise(
     """Every argument of the contract in memory linear in the sequence, forward and backward, on any
     device.
     """
+    alone = q.shape[2] == 1 and dropout_p == 0 and document_ids is None
+    if alone and not torch.is_grad_enabled() and q.device.type == "cpu":
+        return _one_query(q, k, v, bias, key_mask, scale)
     seed = int(torch.randint(1 << 62, ())) if dropout_p > 0 else 0
     per_head = None if bias is None else bias.per_head
     # Inside a Function gradients look wanted even where they are switched off.
     keep = torch.is_grad_enabled() and q.numel() // q.shape[-1] * k.shape[2] <= MAX_KEPT
     call = _Call(causal, bias, key_mask, document_ids, dropout_p, seed, scale, keep)
     return _Blockwise.apply(q, k, v, per_head, call)
+
+
+def _one_query(
+    q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, key_mask: Tensor | None, scale: float
+) -> Tensor:
+    """The last query by itself, as generation asks for it: torch's kernel, to which the query heads of a
+    key/value head are so many queries. It takes keys as they lie in a cache, and any number of them without
+    compiling anew.
+    """
+    (b, h, _, d), (g, j_len) = q.shape, k.shape[1:3]
+    mask, blind = None, None
+    if bias is not None:
+        row = _last_row(bias, j_len).to(torch.promote_types(q.dtype, torch.float32))
+        mask = row.view(1, g, h // g, j_len)
+    if key_mask is not None:
+        blind = ~key_mask.any(dim=-1)[:, None, None, None]
+        seen = key_mask[:, None, None] | blind
+        mask = seen if mask is None else mask.masked_fill(~seen, float("-inf"))
+    out = F.scaled_dot_product_attention(q.reshape(b, g, h // g, d), k, v, attn_mask=mask, scale=scale)
+    return (out if blind is None else out.masked_fill(blind, 0.0)).view(q.shape)
+
+
+def _last_row(bias: Bias, j_len: int) -> Tensor:
+    """What a bias adds to the scores of the last query, (h, j), up to a number that all keys have in
+    common.
+    """
+    if isinstance(bias, AlibiBias):
+        return bias.values(1, j_len)[:, 0]
+    near = bias.offsets(j_len).flip(-1)
+    return F.pad(near, (j_len - near.shape[1], 0))
 
 
 class _Call(NamedTuple):

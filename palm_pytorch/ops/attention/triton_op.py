@@ -21,7 +21,8 @@ if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
 from palm_pytorch.ops.attention import triton_kernels as kernels
 from palm_pytorch.ops.attention.bias import AlibiBias, Bias, RelativeBias
 
-# Shares of the rows that gradients of keys and values are summed in, at most: each takes memory as they do.
+# Shares of the rows that gradients of keys and values are summed in, at most, and half as many as there are
+# heads to a key/value head: each takes memory as these gradients do in float32.
 MAX_SLICES = 4
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_DIM_HEAD = 256
@@ -224,7 +225,8 @@ def _backward(
         programs = triton.cdiv(j_len, launch.keys) * problem.groups
         # Few keys, or one key/value head and a small batch: the rows are shared out, each share summed apart.
         wanted = triton.cdiv(2 * _processors(q.device), programs)
-        slices = min(wanted, triton.cdiv(problem.rows, launch.rows), MAX_SLICES)
+        most = min(MAX_SLICES, max(1, q.shape[1] // k.shape[1] // 2))
+        slices = min(wanted, triton.cdiv(problem.rows, launch.rows), most)
         parts = [_empty(t, slices * b, torch.float32 if slices > 1 else None) for t in (k, v)]
         _run(
             kernels.backward_keys,

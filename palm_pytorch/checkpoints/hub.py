@@ -1,0 +1,165 @@
+"""Models on the Hugging Face hub, through `huggingface_hub` and its mixin, which are an extra.
+
+What `push_to_hub` uploads is what `save_pretrained` writes, and is checked like that when it comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from palm_pytorch.checkpoints.native import CONFIG_FILE, INDEX_FILE, load_folder, sha256
+from palm_pytorch.checkpoints.reference import load_reference
+from palm_pytorch.checkpoints.tokenizer import TOKENIZER_FILES, Tokenizer
+from palm_pytorch.models import preset
+from palm_pytorch.models.language_model import LanguageModel
+
+
+class PublicCheckpoint(NamedTuple):
+    """A file of PaLM-rlhf-pytorch 0.2, the name of its shape among the presets, its size if that is known."""
+
+    file: str
+    preset: str
+    size: int | None
+
+
+# Trained on C4 at 8,192 tokens (github.com/conceptofmind/PaLM), with one tokenizer.
+PUBLIC_TOKENIZER = "EleutherAI/gpt-neox-20b"
+PUBLIC = {
+    "conceptofmind/palm-150m": PublicCheckpoint("palm_150m_8k_v0.pt", "palm-150m", 579_328_004),
+    "conceptofmind/palm-410m": PublicCheckpoint("palm_410m_8k_v0.pt", "palm-410m", 1_640_783_199),
+    "conceptofmind/palm-1b": PublicCheckpoint("palm_1b_8k_v0.pt", "palm-1b", 3_935_638_575),
+    "conceptofmind/palm-2b": PublicCheckpoint("palm_2b_8k_v0.pt", "palm-2b", None),
+}
+
+
+def load_from_hub(
+    repo_id: str,
+    *,
+    kind: type[LanguageModel],
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    revision: str | None,
+    **config: Any,
+) -> LanguageModel:
+    """The model of a repository, downloaded unless it is cached, verified, and converted if it is older.
+
+    Raises:
+        ModuleNotFoundError: huggingface_hub is not installed.
+        FileNotFoundError: the hub has no such model, or does not show it to this user.
+        ConnectionError: the hub could not be reached, and the model is not in the cache.
+        ValueError: what came is damaged or no model of `kind`.
+    """
+    mixin = hub_model()
+    with plain_errors(repo_id):
+        found = mixin.from_pretrained(
+            repo_id, revision=revision, kind=kind, device=device, dtype=dtype, overrides=config
+        )
+    return found.wrapped
+
+
+def fetch_tokenizer(repo_id: str) -> Tokenizer:
+    """The tokenizer of a repository that has one of Hugging Face's; raises as `load_from_hub`."""
+    hub_model()
+    import huggingface_hub
+
+    with plain_errors(repo_id):
+        return Tokenizer(huggingface_hub.hf_hub_download(repo_id, TOKENIZER_FILES[0]))
+
+
+@contextmanager
+def plain_errors(repo_id: str) -> Iterator[None]:
+    """Raises what huggingface_hub does as one of Python's own errors, and briefly."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{repo_id!r} is no folder here, and the hub has no such model or revision, or none for this user"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise ConnectionError(
+            f"{repo_id!r} is no folder here, and the hub cannot be reached ({first_line(error)})"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise FileNotFoundError(f"{repo_id!r} on the hub lacks a file ({first_line(error)})") from error
+    except errors.HfHubHTTPError as error:
+        raise ConnectionError(f"the hub did not give {repo_id!r} ({first_line(error)})") from error
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def push_to_hub(model: LanguageModel, repo_id: str, **options: Any) -> str:
+    """Save the model to a repository on the hub; gives the address of the commit.
+
+    options: those of `huggingface_hub.ModelHubMixin.push_to_hub`, as private, token, branch.
+    """
+    return hub_model()(model).push_to_hub(repo_id, **options)
+
+
+@cache
+def hub_model() -> Any:
+    """A class around a model that saves and loads it as huggingface_hub's mixin asks."""
+    try:
+        import huggingface_hub
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "models on the hub need huggingface_hub: pip install 'palm_pytorch[hub]'", name=error.name
+        ) from error
+
+    class HubModel(huggingface_hub.ModelHubMixin, library_name="palm_pytorch", tags=["text-generation"]):
+        def __init__(self, wrapped: LanguageModel) -> None:
+            self.wrapped = wrapped
+
+        def _save_pretrained(self, save_directory: Path) -> None:
+            self.wrapped.save_pretrained(save_directory)
+
+        @classmethod
+        def _from_pretrained(  # type: ignore[override]  # ours is called with more
+            cls,
+            *,
+            model_id: str,
+            kind: type[LanguageModel],
+            device: torch.device | str | None,
+            dtype: torch.dtype | None,
+            overrides: dict[str, Any],
+            **where: Any,
+        ) -> HubModel:
+            load: dict[str, Any] = {"device": device, "dtype": dtype, **overrides}
+            if model_id in PUBLIC:
+                path = Path(huggingface_hub.hf_hub_download(model_id, PUBLIC[model_id].file, **where))
+                return cls(load_public(path, PUBLIC[model_id], kind=kind, **load))
+            files = [CONFIG_FILE, INDEX_FILE, "*.safetensors", *TOKENIZER_FILES]
+            folder = huggingface_hub.snapshot_download(model_id, allow_patterns=files, **where)
+            return cls(load_folder(folder, kind=kind, **load))
+
+    return HubModel
+
+
+def load_public(
+    path: Path, public: PublicCheckpoint, *, kind: type[LanguageModel], **load: Any
+) -> LanguageModel:
+    """The model in the downloaded file of a public checkpoint.
+
+    Raises:
+        ValueError: the file is not the published one, or its model is not of `kind`.
+    """
+    size = path.stat().st_size
+    if public.size not in (None, size):
+        raise ValueError(f"{path}: expected the {public.size:,} bytes of the public file, got {size:,}")
+    # The hub's cache keeps a large file under its SHA-256, and links to it.
+    blob = path.resolve().name
+    if len(blob) == 64 and sha256(path) != blob:
+        raise ValueError(f"{path}: is damaged: its SHA-256 is not the hub's")
+    model = load_reference(path, gain="gamma", **{**preset(public.preset), **load})
+    if not isinstance(model, kind):
+        raise ValueError(f"{path}: expected a {kind.__name__}, got a {type(model).__name__}")
+    return model

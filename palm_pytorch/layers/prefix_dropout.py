@@ -1,0 +1,34 @@
+"""Dropout of whole positions of a prefix (Perceiver AR, Hawthorne et al. 2022, arXiv 2202.07765, section
+3.4).
+
+Shapes: b batch; p prefix length; p' what is left of it; j keys, the prefix first; c model width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class PrefixDropout(nn.Module):
+    """In training, leaves out `share` of a prefix, drawn anew for each row; what stays keeps order and
+    positions.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(
+        self, prefix: Tensor, at: Tensor, key_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """prefix (b, p, c), its positions (p,) and the mask (b, j) of all keys, each with what is left:
+        (b, p', c), (p',) or (b, p'), and (b, j - p + p')."""
+        b, p, c = prefix.shape
+        dropped = int(p * self.share)
+        if not self.training or dropped == 0:
+            return prefix, at, key_mask
+        kept = torch.rand(b, p, device=prefix.device).argsort(dim=-1)[:, dropped:].sort(dim=-1).values
+        if key_mask is not None:
+            key_mask = torch.cat([key_mask.gather(1, kept), key_mask[:, p:]], dim=1)
+        return prefix.gather(1, kept[..., None].expand(-1, -1, c)), at[kept], key_mask
