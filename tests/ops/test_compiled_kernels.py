@@ -9,13 +9,16 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+try:
+    VERSION = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+except importlib.metadata.PackageNotFoundError:
+    VERSION = (0, 0)
 
 
 def compiled(folder: Path, *arguments: str) -> list[dict[str, Any]]:
@@ -29,17 +32,16 @@ def compiled(folder: Path, *arguments: str) -> list[dict[str, Any]]:
     return json.loads(out.read_text())["kernels"]
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+@pytest.mark.skipif(VERSION < (3, 6), reason="needs triton 3.6 or newer")
 @pytest.mark.parametrize("target", ["80", "90", "100"])
 def test_nothing_spills_or_exceeds_shared_memory(target: str, tmp_path: Path) -> None:
     """The head dims of the presets, 64 and 128, with the bias that takes most; the report covers all."""
     case = ["--dims", "64", "128", "--biases", "t5", "--dtypes", "bfloat16"]
     rows = compiled(tmp_path, "--targets", target, *case)
-    version = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
     assert {row["kernel"] for row in rows} == {"forward", "combine", "backward_queries", "backward_keys"}
     for row in rows:
         # Triton 3.6 leaves two to four registers of some kernels on the stack.
-        assert row["spilled"] <= (0 if version >= (3, 9) else 16) and 0 < row["registers"] <= 255, row
+        assert row["spilled"] <= (0 if VERSION >= (3, 9) else 16) and 0 < row["registers"] <= 255, row
         assert 0 < row["shared"] <= row["shared_limit"], row
 
 
