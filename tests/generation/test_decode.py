@@ -469,6 +469,10 @@ def test_weights_that_are_too_many_stay_as_they_are(monkeypatch: pytest.MonkeyPa
     assert not packing.PackedLinears(build(PaLM, {}).modules()).forwards
 
 
+@pytest.mark.skipif(
+    tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13),
+    reason="the compilers of torch 2.6 and 2.7 do not follow the cache; 2.13 does, between them is untried",
+)
 @models
 @torch.inference_mode()
 def test_a_step_compiles_once_for_all_lengths(kind: Kind, options: dict[str, Any]) -> None:
