@@ -14,34 +14,36 @@ from torch import Tensor, nn
 from palm_pytorch.ops import rms_norm
 
 
-class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps) * weight` (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+class _Gain(nn.Module):
+    """weight: (c,), a learned factor for each feature, 1 at first."""
 
-    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
+
+
+class RMSNorm(_Gain):
+    """`x / sqrt(mean(x^2) + eps) * weight` (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__(dim)
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., c), any floating dtype, which the result keeps."""
         return rms_norm(x, self.weight, self.eps)
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(_Gain):
     """Layer norm without bias (PaLM, arXiv 2204.02311, section 2: no biases anywhere)."""
 
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
-        super().__init__()
+        super().__init__(dim)
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., c), any floating dtype, which the result keeps."""
@@ -60,17 +62,12 @@ class BiasedLayerNorm(nn.LayerNorm):
         return F.layer_norm(x.to(wide), self.normalized_shape, gain, bias, self.eps).to(x.dtype)
 
 
-class ClampedRMSNorm(nn.Module):
+class ClampedRMSNorm(_Gain):
     """`x / max(rms(x), eps) * weight`: the older PaLM-lite's, where eps counts for rows next to zero only."""
 
     def __init__(self, dim: int, eps: float = 1e-8) -> None:
-        super().__init__()
+        super().__init__(dim)
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., c), any floating dtype, which the result keeps."""
@@ -79,16 +76,8 @@ class ClampedRMSNorm(nn.Module):
         return (wide / rms.clamp(min=self.eps) * self.weight).to(x.dtype)
 
 
-class L2Norm(nn.Module):
+class L2Norm(_Gain):
     """Unit length with a learned gain, for queries and keys (Henry et al. 2020, arXiv 2010.04245)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d), any floating dtype, which the result keeps."""
