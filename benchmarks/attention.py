@@ -37,8 +37,7 @@ from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
 
 from palm_pytorch.ops.attention import AlibiBias, RelativeBias, attention
-from palm_pytorch.training.config import select_device, select_precision
-from palm_pytorch.training.memory import keep_freed_memory
+from palm_pytorch.training.machine import keep_freed_memory, select_device, select_precision
 
 KINDS = {
     "plain": "causal",

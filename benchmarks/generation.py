@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import palm_pytorch
 from palm_pytorch.models.language_model import LanguageModel
-from palm_pytorch.training.config import select_device, select_precision
+from palm_pytorch.training.machine import select_device, select_precision
 
 # Lengths at which the plain twin is timed, evenly over those that it would be run at.
 PLAIN_LENGTHS = 9

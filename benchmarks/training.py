@@ -31,9 +31,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import palm_pytorch
-from palm_pytorch.training.config import select_device, select_precision
 from palm_pytorch.training.evaluate import window_loss
-from palm_pytorch.training.memory import keep_freed_memory
+from palm_pytorch.training.machine import keep_freed_memory, select_device, select_precision
 from palm_pytorch.training.optim import build_optimizer, clip_gradients, set_learning_rate
 
 SIDES = ("plain", "ours")

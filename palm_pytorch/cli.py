@@ -13,8 +13,9 @@ import torch
 
 from palm_pytorch import __version__
 from palm_pytorch.checkpoints.convert import convert
-from palm_pytorch.training.config import TrainConfig, option
+from palm_pytorch.training.config import TrainConfig
 from palm_pytorch.training.loop import train
+from palm_pytorch.training.options import option
 from palm_pytorch.training.run import prepare
 from palm_pytorch.training.writing import ChatOptions, GenerateOptions, chat, write
 

@@ -14,7 +14,8 @@ import pytest
 import palm_pytorch
 from palm_pytorch import cli
 from palm_pytorch.cli import add_options, main
-from palm_pytorch.training.config import TrainConfig, option
+from palm_pytorch.training.config import TrainConfig
+from palm_pytorch.training.options import option
 
 ROOT = Path(__file__).parents[1]
 

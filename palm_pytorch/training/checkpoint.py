@@ -21,8 +21,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from palm_pytorch.data.corpus import Corpus
 from palm_pytorch.training.config import TrainConfig, model_options
-from palm_pytorch.training.corpus import Corpus
 
 STATE_FILE = "state.pt"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")

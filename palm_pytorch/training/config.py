@@ -2,56 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
-import torch
-
-
-class Rule(NamedTuple):
-    """What an option's value must satisfy, in words and as a test."""
-
-    text: str
-    holds: Callable[[Any], bool]
-
-
-POSITIVE = Rule("a finite number above 0", lambda value: 0 < value < math.inf)
-NOT_NEGATIVE = Rule("a finite number, 0 or more", lambda value: 0 <= value < math.inf)
-SEED = Rule("a number from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
-FRACTION = Rule("a number from 0 up to, but not including, 1", lambda value: 0 <= value < 1)
-
-
-def option(group: str, help: str, rule: Rule | None = None, **details: Any) -> Any:
-    """A field of an options dataclass.
-
-    `details` are `default`, or `cpu` and `gpu`, the defaults there; and `bare`, what the flag means alone.
-    A field with no default is worked out from the others, as its help text says.
-    """
-    metadata = {"group": group, "help": help, "rule": rule, **details}
-    return field(default=details.get("default", MISSING), metadata=metadata)
-
-
-def check_options(options: type, values: Mapping[str, Any]) -> None:
-    """Raise TypeError or ValueError unless each of `values` is an option, has its type and keeps its rule."""
-    hints, specs = get_type_hints(options), {spec.name: spec for spec in fields(options)}
-    for name, value in values.items():
-        if name not in specs:
-            raise TypeError(f"{name} is not an option; there are {', '.join(specs)}")
-        hint, rule = hints[name], specs[name].metadata["rule"]
-        if get_origin(hint) is Literal:
-            if value not in get_args(hint):
-                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(get_args(hint))}")
-            continue
-        kinds = get_args(hint) or (hint,)
-        accepted = (*kinds, int) if float in kinds else kinds
-        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
-            wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-            raise TypeError(f"{name} is {value!r}, of type {type(value).__name__}; expected {wanted}")
-        if rule is not None and value is not None and not rule.holds(value):
-            raise ValueError(f"{name} is {value!r}; expected {rule.text}")
+from palm_pytorch.training.machine import select_device
+from palm_pytorch.training.options import FRACTION, NOT_NEGATIVE, POSITIVE, SEED, check_options, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,40 +157,3 @@ def model_options(model: str) -> list[str]:
     if model != "perceiver-ar":  # whose positions are learned; the others' parameters take any length
         names.remove("seq_len")
     return names
-
-
-def select_device(name: str) -> torch.device:
-    """The device that `name` stands for: "auto" is the GPU if there is one, else the CPU.
-
-    Raises:
-        ValueError: PyTorch does not know it, or cannot use it on this machine.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device is {name!r}; expected one that PyTorch can use here ({reason})") from error
-    return device
-
-
-def select_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products on `device`; "auto" is bfloat16 where the processor is fast at it."""
-    if name == "auto":
-        name = "bfloat16" if has_fast_bfloat16(device) else "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the processor multiplies bfloat16 matrices itself, rather than by way of float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if capabilities := getattr(torch.cpu, "get_capabilities", None):
-        return any(capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    # Older than that function: private ones, which may be missing and know no Arm.
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in probes)

@@ -16,8 +16,8 @@ import torch
 from tqdm import tqdm
 
 from palm_pytorch import AutoregressiveWrapper
+from palm_pytorch.data.windows import batches, decode_bytes, eval_windows, train_batch
 from palm_pytorch.training.checkpoint import save_checkpoint
-from palm_pytorch.training.data import batches, decode_bytes, eval_windows, train_batch
 from palm_pytorch.training.evaluate import autocast, bits_per_byte, evaluate, window_loss
 from palm_pytorch.training.logging import MetricsLog, plot_metrics, read_metrics
 from palm_pytorch.training.optim import clip_gradients, learning_rate, set_learning_rate

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from palm_pytorch import LaMDA, PaLM, PaLMLite, PerceiverAR
+from palm_pytorch.data.corpus import Corpus, open_corpus
+from palm_pytorch.data.windows import NUM_TOKENS, Splits, split_corpus
 from palm_pytorch.training.checkpoint import (
     TrainState,
     check_same_model,
@@ -21,11 +23,9 @@ from palm_pytorch.training.checkpoint import (
     load_checkpoint,
     seed_everything,
 )
-from palm_pytorch.training.config import TrainConfig, select_device, select_precision
-from palm_pytorch.training.corpus import Corpus, open_corpus
-from palm_pytorch.training.data import NUM_TOKENS, Splits, split_corpus
+from palm_pytorch.training.config import TrainConfig
 from palm_pytorch.training.logging import Row, read_metrics
-from palm_pytorch.training.memory import keep_freed_memory
+from palm_pytorch.training.machine import keep_freed_memory, select_device, select_precision
 from palm_pytorch.training.optim import build_optimizer
 
 

@@ -14,18 +14,12 @@ import torch
 
 from palm_pytorch import LaMDA, from_pretrained
 from palm_pytorch.checkpoints import Tokenizer, find_tokenizer
+from palm_pytorch.data.windows import NUM_TOKENS
 from palm_pytorch.models.language_model import LanguageModel
 from palm_pytorch.training.checkpoint import find_checkpoint, load_checkpoint
-from palm_pytorch.training.config import (
-    POSITIVE,
-    SEED,
-    TrainConfig,
-    check_options,
-    option,
-    select_device,
-    select_precision,
-)
-from palm_pytorch.training.data import NUM_TOKENS
+from palm_pytorch.training.config import TrainConfig
+from palm_pytorch.training.machine import select_device, select_precision
+from palm_pytorch.training.options import POSITIVE, SEED, check_options, option
 from palm_pytorch.training.run import build_model
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from palm_pytorch.data.corpus import Corpus
 from palm_pytorch.training.checkpoint import (
     TrainState,
     check_same_model,
@@ -26,7 +27,6 @@ from palm_pytorch.training.checkpoint import (
     set_random_state,
 )
 from palm_pytorch.training.config import TrainConfig
-from palm_pytorch.training.corpus import Corpus
 from palm_pytorch.training.optim import build_optimizer, set_learning_rate
 
 CPU = torch.device("cpu")

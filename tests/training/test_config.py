@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from palm_pytorch.training import config
-from palm_pytorch.training.config import TrainConfig, model_options, select_device, select_precision
+from palm_pytorch.training.config import TrainConfig, model_options
+from palm_pytorch.training.machine import select_device, select_precision
 
 
 def test_every_option_says_what_it_is() -> None:

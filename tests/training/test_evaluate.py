@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from palm_pytorch import PerceiverAR
-from palm_pytorch.training.data import batches
+from palm_pytorch.data.windows import batches
 from palm_pytorch.training.evaluate import bits_per_byte, evaluate, window_loss
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from palm_pytorch.data.windows import encode_bytes
 from palm_pytorch.training import loop
 from palm_pytorch.training.checkpoint import complete_checkpoints, load_checkpoint
-from palm_pytorch.training.data import encode_bytes
 from palm_pytorch.training.logging import read_metrics
 from palm_pytorch.training.loop import Outcome, StopRequest, accumulate_gradients, quoted, train, train_step
 from palm_pytorch.training.run import Run, prepare

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from palm_pytorch.training import corpus as corpus_module
-from palm_pytorch.training import streams
-from palm_pytorch.training.corpus import ENWIK8, Published, find_or_download, fingerprint, open_corpus
-from palm_pytorch.training.streams import Expected
+from palm_pytorch.data import corpus as corpus_module
+from palm_pytorch.data import streams
+from palm_pytorch.data.corpus import ENWIK8, Published, find_or_download, fingerprint, open_corpus
+from palm_pytorch.data.streams import Expected
 
 TEXT = b"".join(b"line %d, which stands for some of Wikipedia\n" % i for i in range(20_000))
 
@@ -150,7 +150,7 @@ def test_stops_reading_what_is_longer_than_expected(tmp_path: Path, mirrors: Mir
 def test_ctrl_c_leaves_nothing(tmp_path: Path, mirrors: Mirrors) -> None:
     program = f"""
 from pathlib import Path
-from palm_pytorch.training.corpus import Expected, Published, find_or_download
+from palm_pytorch.data.corpus import Expected, Published, find_or_download
 find_or_download({mirrors.published("stalls")!r}, Path({str(tmp_path)!r}))
 """
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
@@ -346,7 +346,7 @@ def test_a_10_gigabyte_file_takes_no_memory(tmp_path: Path) -> None:
         pytest.skip("this file system has no sparse files")
     program = f"""
 import resource
-from palm_pytorch.training.corpus import open_corpus
+from palm_pytorch.data.corpus import open_corpus
 resource.setrlimit(resource.RLIMIT_DATA, (256 << 20,) * 2)
 print(len(open_corpus({str(path)!r}, "data").tokens))
 """

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from palm_pytorch.training.streams import (
+from palm_pytorch.data.streams import (
     MAGIC,
     Expected,
     compression,

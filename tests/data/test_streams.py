@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from palm_pytorch.training import streams
-from palm_pytorch.training.streams import Expected, compression, download, list_files, publish, read_files
+from palm_pytorch.data import streams
+from palm_pytorch.data.streams import Expected, compression, download, list_files, publish, read_files
 
 TEXT = b"".join(b"line %d of a text that compresses, but not to nothing\n" % i for i in range(4_000))
 

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palm_pytorch.training.corpus import Corpus
-from palm_pytorch.training.data import (
+from palm_pytorch.data.corpus import Corpus
+from palm_pytorch.data.windows import (
     NUM_TOKENS,
     batches,
     decode_bytes,
@@ -105,7 +105,7 @@ def test_rows_do_not_depend_on_how_a_step_is_cut(cuts: list[int], world: int, se
 def test_other_processes_read_the_same() -> None:
     program = """
 import numpy as np
-from palm_pytorch.training.data import train_batch
+from palm_pytorch.data.windows import train_batch
 for step in (3, 2, 3):
     print(train_batch(np.arange(1000), seq_len=5, seed=11, step=step, rows=range(4))[:, 0].tolist())
 """

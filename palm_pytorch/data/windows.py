@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
-from palm_pytorch.training.corpus import Corpus
+from palm_pytorch.data.corpus import Corpus
 
 NUM_TOKENS = 256  # a token is a byte
 

@@ -1,0 +1,60 @@
+"""The machine that a run is on: its device, the precision it is fast at, its memory."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+# From malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep freed memory for the next tensors; returns whether it can (glibc does).
+
+    By default it returns every large tensor to the system at once, which clears its pages for the next one:
+    of a training step on a CPU, a tenth of the time.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def select_device(name: str) -> torch.device:
+    """The device that `name` stands for: "auto" is the GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: PyTorch does not know it, or cannot use it on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device is {name!r}; expected one that PyTorch can use here ({reason})") from error
+    return device
+
+
+def select_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products on `device`; "auto" is bfloat16 where the processor is fast at it."""
+    if name == "auto":
+        name = "bfloat16" if has_fast_bfloat16(device) else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the processor multiplies bfloat16 matrices itself, rather than by way of float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if capabilities := getattr(torch.cpu, "get_capabilities", None):
+        return any(capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    # Older than that function: private ones, which may be missing and know no Arm.
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in probes)
