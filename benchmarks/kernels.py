@@ -3,6 +3,7 @@ registers, spilled bytes and shared memory of each kernel, as launched for a hea
 
     python benchmarks/kernels.py     # every combination, into benchmarks/results/kernels-triton-VERSION.json
     python benchmarks/kernels.py --dims 64 --targets 90 --out /tmp/kernels.json
+    python benchmarks/kernels.py --dims 64 --targets 90 --out /tmp/kernels.json --also keys documents dropout
 """
 
 from __future__ import annotations
@@ -25,16 +26,19 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from palm_pytorch.ops.attention import triton_kernels as kernels
-from palm_pytorch.ops.attention import triton_op
+from palm_pytorch.ops.attention.triton_kernels import launch
 
 KERNELS = ("forward", "combine", "backward_queries", "backward_keys")
 # Most shared memory of a block, in bytes: CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability".
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+# Processors of an A100, an H100 and a B200 (NVIDIA's whitepapers of these), which keys and rows are shared
+# out among.
+PROCESSORS = {80: 108, 90: 132, 100: 148}
 RESULTS = Path(__file__).parent / f"results/kernels-triton-{triton.__version__}.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BIASES = ("plain", "alibi", "t5")
+OPTIONS = ("keys", "documents", "dropout")
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class _NoDevice:
 def compiling(capability: int) -> Iterator[list[tuple[str, str, Any]]]:
     """Launches inside only compile; gives the list that (kernel, blocks, compiled) are added to."""
     found: list[tuple[str, str, Any]] = []
-    before = {name: getattr(kernels, name) for name in KERNELS}
+    before = {name: getattr(launch, name) for name in KERNELS}
 
     class Launcher:
         def __init__(self, name: str) -> None:
@@ -94,23 +98,27 @@ def compiling(capability: int) -> Iterator[list[tuple[str, str, Any]]]:
             return compile_only
 
     driver.set_active(_NoDevice(capability))
-    known = triton_op._capability
-    triton_op._capability = lambda device: divmod(capability, 10)
+    known = launch.capability_of, launch.processors_of
+    launch.capability_of = lambda device: divmod(capability, 10)
+    launch.processors_of = lambda device: PROCESSORS[capability]
     for name in KERNELS:
-        setattr(kernels, name, Launcher(name))
+        setattr(launch, name, Launcher(name))
     try:
         yield found
     finally:
         for name, kernel in before.items():
-            setattr(kernels, name, kernel)
-        triton_op._capability = known
+            setattr(launch, name, kernel)
+        launch.capability_of, launch.processors_of = known
 
 
-def compiled(capability: int, dim_head: int, dtype: str, bias: str, queries: str) -> Iterator[Compiled]:
-    """The kernels of a training step on 2048 positions, or of one query against 32768 ("one")."""
+def compiled(
+    capability: int, dim_head: int, dtype: str, bias: str, queries: str, also: list[str]
+) -> Iterator[Compiled]:
+    """The kernels of a training step on 32 x 2048 positions, or of a query against 32768 ("one"), with a key
+    mask, documents or dropout if these are among `also`."""
     heads = 2048 // dim_head
-    n, i_len = (2048, 2048) if queries == "all" else (32768, 1)
-    fused = torch.empty(1, n, heads * dim_head + 2 * dim_head, dtype=DTYPES[dtype], device="meta")
+    b, n, i_len = (32, 2048, 2048) if queries == "all" else (1, 32768, 1)
+    fused = torch.empty(b, n, heads * dim_head + 2 * dim_head, dtype=DTYPES[dtype], device="meta")
     q, k, v = (
         t.unflatten(-1, (-1, dim_head)).transpose(1, 2)
         for t in fused.split([heads * dim_head, dim_head, dim_head], dim=-1)
@@ -118,11 +126,15 @@ def compiled(capability: int, dim_head: int, dtype: str, bias: str, queries: str
     q = q[:, :, :i_len]
     slopes = torch.empty(heads, device="meta") if bias == "alibi" else None
     offsets = torch.empty(heads, 113, device="meta") if bias == "t5" else None
-    options = (slopes, offsets, None, None, None, True, dim_head**-0.5, 0.0)
+    key_mask = torch.empty(b, n, dtype=torch.bool, device="meta") if "keys" in also else None
+    ids = torch.empty(b, n, dtype=torch.int64, device="meta") if "documents" in also else None
+    seed = torch.empty(1, dtype=torch.int64, device="meta") if "dropout" in also else None
+    dropout_p = 0.0 if seed is None else 0.1
+    options = (slopes, offsets, key_mask, ids, seed, True, dim_head**-0.5, dropout_p)
     with compiling(capability) as found:
-        results = triton_op._forward(q, k, v, *options)
+        results = launch.run_forward(q, k, v, *options)
         if queries == "all":
-            triton_op._backward(results[0], q, k, v, *results, bias == "t5", *options)
+            launch.run_backward(results[0], q, k, v, *results, bias == "t5", *options)
     for name, blocks, kernel in found:
         registers, spilled = resources(kernel.asm["cubin"])
         yield Compiled(
@@ -152,14 +164,19 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 80, 128, 256])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=list(DTYPES))
     parser.add_argument("--biases", nargs="+", default=list(BIASES), choices=BIASES)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--also", nargs="+", default=[], choices=OPTIONS, help="all of these in every case")
+    parser.add_argument("--out", type=Path, help=f"default: {RESULTS.name}, without --also")
     arguments = parser.parse_args()
+    if arguments.out is None:
+        if arguments.also:
+            parser.error("--also needs --out: the report in the repository is without")
+        arguments.out = RESULTS
     rows: list[Compiled] = []
     cases = list(
         product(arguments.dims, arguments.dtypes, arguments.biases, ("all", "one"), arguments.targets)
     )
     for dim_head, dtype, bias, queries, target in tqdm(cases, desc="compile"):
-        rows += compiled(target, dim_head, dtype, bias, queries)
+        rows += compiled(target, dim_head, dtype, bias, queries, arguments.also)
     header = "target  d  dtype  bias  queries  kernel  blocks  registers  spilled  shared"
     print(header)
     for row in rows:

@@ -55,7 +55,7 @@ def plain_attention(
     if key_mask is not None:
         visible = visible & key_mask[:, None, None, :]
     if document_ids is not None:
-        visible = visible & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+        visible = visible & (document_ids[:, None, j - i :, None] == document_ids[:, None, None, :])
     scores = scores.where(visible, -torch.inf)
     highest = scores.detach().amax(dim=-1, keepdim=True)
     weights = (scores - highest.where(highest.isfinite(), 0)).exp()

@@ -20,10 +20,10 @@ from palm_pytorch.ops import AlibiBias, RelativeBias, attention
 def _on_a_cpu() -> bool:
     """Whether the kernels run here: a release of Triton that they work with, and its interpreter."""
     try:
-        from palm_pytorch.ops.attention import triton_op
+        from palm_pytorch.ops.attention.triton_op import INTERPRETED
     except ImportError:
         return False
-    return bool(triton_op.kernels.INTERPRETED)
+    return bool(INTERPRETED)
 
 
 needs_interpreter = pytest.mark.skipif(
@@ -72,7 +72,7 @@ class Case:
 
 def cases(sizes: list[Any], biases: list[Any], masks: list[Any]) -> list[Case]:
     every = [Case(s, c, b, m) for s in sizes for c in (True, False) for b in biases for m in masks]
-    return [case for case in every if case.size[3] == case.size[4] or "documents" not in str(case.mask)]
+    return [case for case in every if case.size[3] <= case.size[4] or "documents" not in str(case.mask)]
 
 
 def projected(batch: int, length: int, heads: list[int], d: int) -> list[Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_problems import (
     BIASES,
     MASKS,
@@ -191,6 +192,27 @@ def test_masked_keys_change_nothing(backend: str) -> None:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-6, atol=1e-6)
 
 
+# Documents
+
+
+@in_float32
+@pytest.mark.parametrize("causal", [True, False])
+def test_fewer_queries_than_keys_are_the_last_positions_of_their_documents(
+    backend: str, causal: bool
+) -> None:
+    """Which of six keys the last three of six positions weigh, read off one-hot values."""
+    ids = torch.tensor([[7, 7, 3, 3, 7, 3], [1, 1, 1, 1, 1, 2]])
+    q, k, v = torch.randn(2, 2, 3, 16), torch.randn(2, 1, 6, 16), torch.eye(6, 16).expand(2, 1, 6, 16)
+    out = attention(q, k, v, causal=causal, document_ids=ids, backend=backend)
+    expected = [
+        [[0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 1, 0], [0, 0, 1, 1, 0, 1]],
+        [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1]],
+    ]
+    if not causal:
+        expected[0][0][5] = expected[1][0][4] = 1
+    assert ((out != 0).int() == F.pad(torch.tensor(expected), (0, 10))[:, None]).all()
+
+
 # Long sequences
 
 
@@ -340,7 +362,7 @@ def test_any_shape_and_option(
     small_blocks: None, backend: str, b: int, g: int, repeats: int, i: int, j: int, d: int, **options: Any
 ) -> None:
     if "documents" in str(options["mask"]):
-        i = j
+        i = min(i, j)
     case = Case((b, g * repeats, g, i, j, d), **options)
     found = errors(case, torch.float64, backend)
     assert max(found.values()) <= 1e-12, found
@@ -531,9 +553,9 @@ IDS = torch.zeros(2, 5, dtype=torch.long)
         ({"document_ids": 3}, TypeError, "document_ids: "),
         ({"document_ids": IDS[:, 1:]}, ValueError, r"document_ids: .*\(2, 4\)"),
         (
-            {"document_ids": IDS, "q": torch.randn(2, 4, 3, 8)},
+            {"document_ids": IDS, "q": torch.randn(2, 4, 7, 8)},
             ValueError,
-            "document_ids: .*3 queries and 5 keys",
+            "document_ids: .*7 queries and 5 keys",
         ),
         ({"document_ids": IDS.to("meta")}, ValueError, "document_ids: .*meta"),
         ({"dropout_p": -0.1}, ValueError, "dropout_p: .*-0.1"),

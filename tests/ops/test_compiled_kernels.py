@@ -45,6 +45,14 @@ def test_nothing_spills_or_exceeds_shared_memory(target: str, tmp_path: Path) ->
         assert 0 < row["shared"] <= row["shared_limit"], row
 
 
+@pytest.mark.skipif(VERSION < (3, 6), reason="needs triton 3.6 or newer")
+def test_every_option_compiles(tmp_path: Path) -> None:
+    case = ["--targets", "90", "--dims", "16", "--biases", "t5", "--dtypes", "bfloat16"]
+    rows = compiled(tmp_path, *case, "--also", "keys", "documents", "dropout")
+    assert {row["kernel"] for row in rows} == {"forward", "combine", "backward_queries", "backward_keys"}
+    assert all(0 < row["shared"] <= row["shared_limit"] for row in rows)
+
+
 def test_the_report_in_the_repository_covers_every_case() -> None:
     report = json.loads((ROOT / "benchmarks/results/kernels-triton-3.9.0.json").read_text())["kernels"]
     cases = {(r["target"], r["dim_head"], r["dtype"], r["bias"], r["queries"]) for r in report}

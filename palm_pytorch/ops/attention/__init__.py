@@ -65,7 +65,8 @@ def attention(
     causal: aligned to the end: query i sees keys `<= i + j_len - i_len`.
     bias: `AlibiBias` or `RelativeBias`, of the distance between query and key under that alignment.
     key_mask: (b, j) bool, True where a key may be attended to.
-    document_ids: (b, n) integers for n queries and as many keys; attention stays inside a document.
+    document_ids: (b, j) integers; attention stays inside a document. The queries, no more than there are
+    keys, are the last i of these positions, with causal or without.
     dropout_p: share of the attention weights dropped, in [0, 1); the caller passes 0 outside training.
     scale: factor on the scores, above 0; `d ** -0.5` if None.
     backend: "auto", or one of `BACKENDS`. "auto" is "blockwise" on a CPU, "triton" on a CUDA device where it
@@ -85,7 +86,9 @@ def attention(
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if backend == "auto":
-        backend = _fastest(q)
+        backend = _fastest(q) if bias is None or bias.at is None else "blockwise"
+    if bias is not None and bias.at is not None and backend in ("flex", "triton"):
+        raise ValueError(f"backend {backend!r}: bias: expected `at` to be None; backend 'sdpa' can")
     return BACKENDS[backend](
         q,
         k,
@@ -161,9 +164,9 @@ def _check(
         expect_tensor("document_ids", document_ids)
         if document_ids.is_floating_point() or document_ids.dtype == torch.bool:
             raise TypeError(f"document_ids: expected integers, got {document_ids.dtype}")
-        if i_len != j_len or document_ids.shape != (b, j_len):
+        if i_len > j_len or document_ids.shape != (b, j_len):
             raise ValueError(
-                f"document_ids: expected shape {(b, j_len)} and as many queries as keys, "
+                f"document_ids: expected shape {(b, j_len)} and no more queries than keys, "
                 f"got {tuple(document_ids.shape)} for {i_len} queries and {j_len} keys"
             )
     for name, argument in named.items():

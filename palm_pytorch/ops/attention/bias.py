@@ -19,9 +19,11 @@ class AlibiBias:
     """ALiBi (Press et al. 2022, arXiv 2108.12409): adds `-slope * |distance|` to the scores of each head.
 
     slopes: (h,), constants of the model: they get no gradient.
+    at: as of `RelativeBias`.
     """
 
     slopes: Tensor
+    at: Tensor | None = None
 
     def __post_init__(self) -> None:
         expect_floating("slopes", self.slopes)
@@ -36,7 +38,7 @@ class AlibiBias:
 
     def values(self, i_len: int, j_len: int) -> Tensor:
         """The bias as a tensor (h, i, j); for the plain definition and for tests."""
-        distance = key_distance(i_len, j_len, self.slopes.device)
+        distance = key_distance(i_len, j_len, self.slopes.device, self.at)
         return -self.slopes[:, None, None] * distance.abs()
 
 
@@ -46,11 +48,15 @@ class RelativeBias:
 
     Adds `scale * table[bucket(distance), head]`; a key after the query counts as distance 0.
     table: (buckets, h), gets its gradient. max_distance: from here on every distance shares the last bucket.
+    at: (1,) integer, which key the last query is at, where that is not the last of them: a key mask has to
+    hide those behind it then. On the device, so that the host need not know. For "reference", "sdpa" and
+    "blockwise" without gradients only.
     """
 
     table: Tensor
     max_distance: int = 128
     scale: float = 1.0
+    at: Tensor | None = None
 
     def __post_init__(self) -> None:
         expect_floating("table", self.table)
@@ -64,9 +70,8 @@ class RelativeBias:
 
     def buckets(self, distance: Tensor) -> Tensor:
         """Bucket of each distance (any shape, integer), in [0, buckets)."""
-        starts = bucket_starts(self.table.shape[0], self.max_distance)
-        starts_tensor = torch.tensor(starts, device=distance.device)
-        return torch.bucketize(distance.clamp(min=0), starts_tensor, right=True) - 1
+        starts = _starts_on(distance.device, self.table.shape[0], self.max_distance)
+        return torch.bucketize(distance.clamp(min=0), starts, right=True) - 1
 
     def offsets(self, j_len: int) -> Tensor:
         """How the bias at distance 0, 1 .. reach - 1 differs from the last bucket's, (h, reach),
@@ -80,17 +85,37 @@ class RelativeBias:
 
     def values(self, i_len: int, j_len: int) -> Tensor:
         """The bias as a tensor (h, i, j), differentiable in `table`."""
-        buckets = self.buckets(key_distance(i_len, j_len, self.table.device))
+        buckets = self.buckets(key_distance(i_len, j_len, self.table.device, self.at))
         return self.table[buckets].permute(2, 0, 1) * self.scale
 
 
 Bias = AlibiBias | RelativeBias
 
 
-def key_distance(i_len: int, j_len: int, device: torch.device) -> Tensor:
-    """How far key j lies behind query i, (i, j) integers, the last query aligned with the last key."""
+def key_distance(i_len: int, j_len: int, device: torch.device, at: Tensor | None = None) -> Tensor:
+    """How far key j lies behind query i, (i, j) integers, the last query aligned with the last key or that
+    which is `at`.
+    """
     i = torch.arange(j_len - i_len, j_len, device=device)
+    if at is not None:
+        i = i + (at - (j_len - 1))
     return i[:, None] - torch.arange(j_len, device=device)
+
+
+_starts_by_device: dict[tuple[torch.device, int, int], Tensor] = {}
+
+
+def _starts_on(device: torch.device, num_buckets: int, max_distance: int) -> Tensor:
+    """`bucket_starts` as a tensor, copied to a device once: no step waits for it, and a CUDA graph can be
+    recorded."""
+    key = device, num_buckets, max_distance
+    if torch.compiler.is_compiling() or key not in _starts_by_device:
+        with torch.inference_mode(False):
+            starts = torch.tensor(bucket_starts(num_buckets, max_distance), device=device)
+        if torch.compiler.is_compiling() or type(starts) is not Tensor:  # no numbers behind it
+            return starts
+        _starts_by_device[key] = starts
+    return _starts_by_device[key]
 
 
 def bucket_starts(num_buckets: int, max_distance: int) -> list[int]:

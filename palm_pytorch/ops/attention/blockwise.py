@@ -25,7 +25,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from palm_pytorch.ops.attention.bias import AlibiBias, Bias, RelativeBias, bucket_starts
+from palm_pytorch.ops.attention.bias import AlibiBias, Bias, RelativeBias, bucket_starts, key_distance
 
 # Most queries in a block, and most scores: on a CPU a few score blocks should fit in the last-level cache.
 MAX_ROWS = 128
@@ -34,6 +34,9 @@ MAX_SCORES_ELSEWHERE = 1 << 25
 # Different numbers of keys that blocks see, at most: oneDNN compiles every shape of product anew and keeps
 # it, about 1 MB each. Blocks that see a few keys more than they need cost less.
 MAX_LENGTHS = 16
+# Keys in a piece, at least, when those of a single query are shared out over the cores: to put pieces
+# together takes as long as some 400 keys. And a score that is as good as none.
+LEAST_PIECE, HIDDEN = 1024, -1e30
 # Attention weights that forward may keep for backward, at most: while they are no more than the layer's other
 # activations, to keep them costs less than to compute them again.
 MAX_KEPT = 1 << 25
@@ -55,8 +58,11 @@ def blockwise(
     device.
     """
     alone = q.shape[2] == 1 and dropout_p == 0 and document_ids is None
-    if alone and not torch.is_grad_enabled() and q.device.type == "cpu":
+    at = None if bias is None else bias.at
+    if alone and not torch.is_grad_enabled() and (q.device.type == "cpu" or at is not None):
         return _one_query(q, k, v, bias, key_mask, scale)
+    if at is not None:
+        raise ValueError("backend 'blockwise': bias: expected `at` to be None with gradients; 'sdpa' can")
     seed = int(torch.randint(1 << 62, ())) if dropout_p > 0 else 0
     per_head = None if bias is None else bias.per_head
     # Inside a Function gradients look wanted even where they are switched off.
@@ -81,8 +87,49 @@ def _one_query(
         blind = ~key_mask.any(dim=-1)[:, None, None, None]
         seen = key_mask[:, None, None] | blind
         mask = seen if mask is None else mask.masked_fill(~seen, float("-inf"))
-    out = F.scaled_dot_product_attention(q.reshape(b, g, h // g, d), k, v, attn_mask=mask, scale=scale)
+    queries = q.reshape(b, g, h // g, d)
+    pieces = _pieces(k, v)
+    if pieces > 1:
+        out = _in_pieces(queries.contiguous(), k, v, mask, scale, pieces)
+    else:
+        out = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, scale=scale)
     return (out if blind is None else out.masked_fill(blind, 0.0)).view(q.shape)
+
+
+def _pieces(k: Tensor, v: Tensor) -> int:
+    """How many pieces the keys of one query are served in: torch's kernel has a core for each key/value head
+    of each row, and leaves the others idle."""
+    b, g, j_len, _ = k.shape
+    packed = k.stride(3) == v.stride(3) == 1
+    if b > 1 or not packed or k.device.type != "cpu" or torch.compiler.is_compiling():
+        return 1
+    return min(torch.get_num_threads() // g, j_len // LEAST_PIECE)
+
+
+def _in_pieces(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, pieces: int) -> Tensor:
+    """Attention of q (1, g, r, d) to pieces of k and v (1, g, j, d) as so many rows of a batch, each weighted
+    with its share of the sum below the softmax.
+
+    Pieces are alike; where their number does not divide j they overlap, and what a piece has in common with
+    the one before is hidden from it.
+    """
+    j_len, wide = k.shape[2], torch.promote_types(q.dtype, torch.float32)
+    step = j_len // pieces
+    length = j_len - (pieces - 1) * step
+    keys, values = (t[0].unfold(1, length, step).permute(1, 0, 3, 2) for t in (k, v))
+    bias = None
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=wide).masked_fill_(~mask, HIDDEN)
+        # No -inf: a piece that may see nothing then has no weight beside others, and no NaN.
+        bias = mask.clamp(min=HIDDEN).contiguous()[0].unfold(2, length, step).permute(2, 0, 1, 3)
+    if length > step:
+        bias = q.new_zeros(pieces, 1, 1, length, dtype=wide) if bias is None else bias.clone()
+        bias[1:, :, :, : length - step] = HIDDEN
+    out, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q.expand(pieces, -1, -1, -1), keys, values, 0.0, False, attn_mask=bias, scale=scale
+    )
+    return (out * log_sums.softmax(dim=0)[..., None]).sum(dim=0, keepdim=True).to(q.dtype)
 
 
 def _last_row(bias: Bias, j_len: int) -> Tensor:
@@ -91,6 +138,10 @@ def _last_row(bias: Bias, j_len: int) -> Tensor:
     """
     if isinstance(bias, AlibiBias):
         return bias.values(1, j_len)[:, 0]
+    if bias.at is not None:
+        offsets = F.pad(bias.offsets(j_len), (0, 1))
+        distance = key_distance(1, j_len, offsets.device, bias.at)[0]
+        return offsets[:, distance.clamp(0, offsets.shape[1] - 1)]
     near = bias.offsets(j_len).flip(-1)
     return F.pad(near, (j_len - near.shape[1], 0))
 
@@ -270,7 +321,8 @@ class _Scores:
             masked = masked | ~self.call.key_mask[batch, None, : block.seen]
         if self.call.document_ids is not None:
             ids = self.call.document_ids[batch]
-            masked = masked | (ids[:, block.queries, None] != ids[:, None, : block.seen])
+            own = ids[:, self.j_len - self.i_len :][:, block.queries]
+            masked = masked | (own[..., None] != ids[:, None, : block.seen])
         return masked[:, :, None]
 
     def dropped(self, block: _Block, weights: Tensor) -> Tensor:

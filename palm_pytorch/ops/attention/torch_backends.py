@@ -44,7 +44,8 @@ def sdpa(
     in memory."""
     (i_len, d), j_len = q.shape[-2:], k.shape[2]
 
-    if causal and isinstance(bias, AlibiBias) and (q.dtype != torch.float16 or scale >= ALIBI_LEAST_SCALE):
+    in_range = q.dtype != torch.float16 or scale >= ALIBI_LEAST_SCALE
+    if causal and isinstance(bias, AlibiBias) and bias.at is None and in_range:
         if i_len > _alibi_queries(q.dtype, scale):
             return _in_pieces(q, k, v, key_mask, document_ids, bias=bias, dropout_p=dropout_p, scale=scale)
         q, k, v = _carry_alibi(q, k, v, bias, scale)
@@ -196,7 +197,7 @@ def _flex_mask(
         if key_mask is not None:
             seen = seen & key_mask[b, j]
         if document_ids is not None:
-            seen = seen & (document_ids[b, i] == document_ids[b, j])
+            seen = seen & (document_ids[b, i + (j_len - i_len)] == document_ids[b, j])
         return seen
 
     return visible

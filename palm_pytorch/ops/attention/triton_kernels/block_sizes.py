@@ -1,0 +1,67 @@
+"""The blocks that the kernels are launched with, by head dim, dtype and GPU."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Launch(NamedTuple):
+    """Rows and keys of a block, warps and pipeline stages."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Blocks(NamedTuple):
+    """How the kernels are launched; `decode` is `forward` for a few rows."""
+
+    forward: Launch
+    decode: Launch
+    queries: Launch
+    keys: Launch
+
+
+# For heads of up to so many dims. Chosen among what compiles without a spilled register, as
+# benchmarks/kernels.py shows: the largest blocks, then more warps. `AMPERE` also fits the 99 KB of shared
+# memory of compute capability 8.6, 8.9 and 12.x.
+AMPERE = {
+    64: Blocks(Launch(128, 64, 8, 3), Launch(16, 128, 4, 3), Launch(128, 64, 8, 3), Launch(64, 128, 8, 3)),
+    128: Blocks(Launch(128, 32, 8, 3), Launch(16, 64, 4, 3), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2)),
+    256: Blocks(Launch(64, 32, 8, 2), Launch(16, 64, 4, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2)),
+}
+HOPPER = {
+    64: Blocks(Launch(128, 64, 8, 3), Launch(16, 128, 4, 3), Launch(128, 64, 8, 3), Launch(64, 128, 8, 3)),
+    # Padded, with masks that take registers.
+    127: Blocks(Launch(128, 64, 8, 3), Launch(16, 128, 4, 3), Launch(128, 64, 8, 2), Launch(32, 64, 8, 2)),
+    128: Blocks(Launch(128, 64, 8, 3), Launch(16, 128, 4, 3), Launch(128, 64, 8, 2), Launch(64, 64, 8, 2)),
+    256: Blocks(Launch(128, 32, 8, 2), Launch(16, 64, 4, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 1)),
+}
+BLACKWELL = HOPPER | {
+    64: HOPPER[64]._replace(keys=Launch(128, 64, 4, 2)),
+    256: HOPPER[256]._replace(keys=Launch(64, 64, 8, 1)),
+}
+# On any of them, and not tuned. 256 dims spill 40 to 500 bytes a thread, in larger blocks or with fewer warps
+# no less: the high and the low tf32 part of 16 rows are 256 registers of each thread.
+FLOAT32 = {
+    64: Blocks(Launch(32, 32, 4, 2), Launch(16, 64, 4, 2), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1)),
+    127: Blocks(Launch(32, 16, 8, 1), Launch(16, 32, 4, 2), Launch(16, 32, 4, 1), Launch(16, 16, 4, 1)),
+    128: Blocks(Launch(32, 32, 8, 1), Launch(16, 32, 4, 2), Launch(16, 32, 4, 1), Launch(16, 16, 4, 1)),
+    256: Blocks(Launch(16, 16, 8, 1), Launch(16, 16, 8, 1), Launch(16, 16, 8, 1), Launch(16, 16, 8, 1)),
+}
+
+
+def blocks_for(dim_head: int, element_size: int, capability: tuple[int, int], laden: bool) -> Blocks:
+    """The blocks for a head dim, the bytes of a number, a GPU's compute capability, and a bias or mask or
+    none."""
+    if element_size == 4:
+        table = FLOAT32
+    elif capability[0] in (9, 10):
+        table = HOPPER if capability[0] == 9 else BLACKWELL
+    else:
+        table = AMPERE
+    width = next(width for width in table if dim_head <= width)
+    if laden and width == 256 and element_size == 2:  # a bias or a mask needs the registers
+        return table[width]._replace(queries=AMPERE[width].queries)
+    return table[width]

@@ -1,0 +1,207 @@
+"""The kernels called on tensors: what each is told, how many programs it takes, and where its results go.
+
+Shapes: q (b, h, i, d); k, v (b, g, j, d) with g dividing h; out (b, h, i, d);
+lse (b * g, i * r), a number a row, the r = h / g query heads of a key/value head side by side.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from einops import reduce
+from torch import Tensor
+
+from palm_pytorch.ops.attention.triton_kernels.block_sizes import Blocks, Launch, blocks_for
+from palm_pytorch.ops.attention.triton_kernels.call import Bias, Call, Mask, View
+from palm_pytorch.ops.attention.triton_kernels.forward_pass import combine, forward
+from palm_pytorch.ops.attention.triton_kernels.key_gradients import backward_keys
+from palm_pytorch.ops.attention.triton_kernels.query_gradients import backward_queries
+
+# Shares of the rows that gradients of keys and values are summed in, at most, and half as many as there are
+# heads to a key/value head: each takes memory as these gradients do in float32.
+MAX_SLICES = 4
+# Shares of the keys that a few queries meet, at most: two to a processor of the largest GPUs.
+MAX_SPLITS = 512
+
+
+class _Problem(NamedTuple):
+    """What every kernel is told, how it is launched, and how many rows and groups there are."""
+
+    call: Call
+    blocks: Blocks
+    constants: dict[str, Any]
+    groups: int
+    rows: int
+
+    @staticmethod
+    def of(
+        q: Tensor,
+        k: Tensor,
+        slopes: Tensor | None,
+        offsets: Tensor | None,
+        key_mask: Tensor | None,
+        document_ids: Tensor | None,
+        seed: Tensor | None,
+        causal: bool,
+        scale: float,
+        dropout_p: float,
+    ) -> _Problem:
+        (b, h, i_len, d), (g, j_len) = q.shape, k.shape[1:3]
+        slopes = None if slopes is None else slopes / scale
+        reach = 0 if offsets is None else offsets.shape[1]
+        offsets = None if offsets is None else F.pad(offsets / scale, (0, 1)).contiguous()
+        mask_keys = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+        documents = (None, None, None) if document_ids is None else _document_spans(document_ids)
+        bias = Bias(slopes, offsets, reach)
+        mask = Mask(mask_keys, *documents)
+        call = Call(bias, mask, seed, dropout_p, scale, i_len, j_len, b * g)
+        constants = {"G": g, "R": h // g, "D": d, "CAUSAL": causal}
+        laden = any(t is not None for t in (slopes, offsets, key_mask, document_ids))
+        blocks = blocks_for(d, q.element_size(), capability_of(q.device), laden)
+        return _Problem(call, blocks, constants, groups=b * g, rows=i_len * (h // g))
+
+
+def _document_spans(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, and the first and the last position that has the same id as each, (b, j), int32: where documents
+    lie one after the other, just the keys that a query may see."""
+    ordered, position = ids.sort(dim=-1, stable=True)
+    place = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
+    changes = ordered[:, 1:] != ordered[:, :-1]
+    begins, ends = (F.pad(changes, side, value=True) for side in ((1, 0), (0, 1)))
+    first = torch.where(begins, place, 0).cummax(dim=-1).values
+    last = torch.where(ends, place, ids.shape[-1]).flip(-1).cummin(dim=-1).values.flip(-1)
+    # Each document goes by the place where it begins in that order, since ids may not fit into 32 bits.
+    numbers, firsts, lasts = (
+        torch.empty_like(position).scatter_(1, position, t).int()
+        for t in (first, position.gather(1, first), position.gather(1, last))
+    )
+    return numbers, firsts, lasts
+
+
+def view_of(x: Tensor) -> View:
+    return View(x, x.stride(0), x.stride(1), x.stride(2))
+
+
+def packed(x: Tensor) -> Tensor:
+    """x with its last dimension packed; a slice of a projection is, and is taken as it lies. Within a block
+    32 bits must do, so what lies further apart than that is not."""
+    near = x.shape[1] * x.stride(1) < 1 << 30 and x.stride(2) < 1 << 22
+    return x if x.stride(-1) == 1 and near else empty_like(x).copy_(x)
+
+
+def empty_like(x: Tensor, batch: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """As x (b, heads, n, d), in memory (b, n, heads, d): what merges heads for free."""
+    b, heads, n, d = x.shape
+    return x.new_empty(batch or b, n, heads, d, dtype=dtype).transpose(1, 2)
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+
+
+def processors_of(device: torch.device) -> int:
+    """How many blocks the device works on side by side."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _run(kernel: Any, programs: int, *arguments: Any, launch: Launch, **constants: Any) -> None:
+    kernel[(programs,)](
+        *arguments,
+        **constants,
+        ROWS=launch.rows,
+        KEYS=launch.keys,
+        STAGES=launch.stages,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        enable_fp_fusion=True,
+    )
+
+
+def _by_row(problem: _Problem, copies: int = 1, *width: int) -> tuple[int, ...]:
+    """The shape of a tensor with some numbers for each row of each group."""
+    return (copies * problem.groups, problem.rows, *width)
+
+
+def run_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    q, k, v = packed(q), packed(k), packed(v)
+    problem = _Problem.of(q, k, *options)
+    launch = problem.blocks.forward
+    if problem.rows <= launch.rows // 2:
+        launch = problem.blocks.decode
+    programs = triton.cdiv(problem.rows, launch.rows) * problem.groups
+    # A few queries and many keys: the keys are shared out, or most of the device would look on.
+    wanted = max(1, 2 * processors_of(q.device) // programs)
+    splits = min(wanted, triton.cdiv(k.shape[2], 4 * launch.keys), MAX_SPLITS)
+    out, lse = empty_like(q), q.new_empty(_by_row(problem), dtype=torch.float32)
+    parts, part_lse = out, lse
+    if splits > 1:
+        parts = empty_like(q, splits * q.shape[0], torch.float32)
+        part_lse = q.new_empty(_by_row(problem, splits), dtype=torch.float32)
+    with torch.cuda.device_of(q):
+        _run(
+            forward,
+            programs * splits,
+            *(view_of(q), view_of(k), view_of(v), view_of(parts), part_lse, problem.call, splits),
+            launch=launch,
+            **problem.constants,
+        )
+        if splits > 1:
+            g, r, d = (problem.constants[name] for name in "GRD")
+            combine[(lse.numel(),)](
+                *(view_of(parts), part_lse, view_of(out), lse, q.shape[2], splits, q.shape[0], g, r, d),
+                SPLITS=MAX_SPLITS,
+                num_warps=8,
+                enable_fp_fusion=True,
+            )
+    return out, lse
+
+
+def run_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, offsets_grad: bool, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad, q, k, v = packed(grad), packed(q), packed(k), packed(v)
+    problem = _Problem.of(q, k, *options)
+    b, j_len = q.shape[0], k.shape[2]
+    views = (view_of(q), view_of(k), view_of(v))
+    dq, delta = empty_like(q), torch.empty_like(lse)
+    # Zeros where there is no key at that distance.
+    band = lse.new_zeros(_by_row(problem, 1, problem.call.bias.reach + 1)) if offsets_grad else None
+    launch = problem.blocks.queries
+    with torch.cuda.device_of(q):
+        _run(
+            backward_queries,
+            triton.cdiv(problem.rows, launch.rows) * problem.groups,
+            *(*views, view_of(out), lse, view_of(grad), view_of(dq), delta, band, problem.call),
+            launch=launch,
+            **problem.constants,
+        )
+        launch = problem.blocks.keys
+        programs = triton.cdiv(j_len, launch.keys) * problem.groups
+        # Few keys, or one key/value head and a small batch: the rows are shared out, each share summed apart.
+        wanted = max(1, 2 * processors_of(q.device) // programs)
+        most = min(MAX_SLICES, max(1, q.shape[1] // k.shape[1] // 2))
+        slices = min(wanted, triton.cdiv(problem.rows, launch.rows), most)
+        parts = [empty_like(t, slices * b, torch.float32 if slices > 1 else None) for t in (k, v)]
+        _run(
+            backward_keys,
+            programs * slices,
+            *(*views, lse, view_of(grad), delta, *(view_of(part) for part in parts), problem.call, slices),
+            launch=launch,
+            **problem.constants,
+        )
+    dk, dv = (_whole(part, slices, k.dtype) if slices > 1 else part for part in parts)
+    return dq, dk, dv, q.new_empty(0) if band is None else _by_distance(band, k.shape[1], q.shape[2])
+
+
+def _whole(parts: Tensor, slices: int, dtype: torch.dtype) -> Tensor:
+    """What parts (slices * b, g, j, d) add up to, in memory (b, j, g, d) as they are."""
+    return parts.transpose(1, 2).unflatten(0, (slices, -1)).sum(0).to(dtype).transpose(1, 2)
+
+
+def _by_distance(band: Tensor, g: int, i_len: int) -> Tensor:
+    """The gradient (h, reach) of the offsets: a key ahead of its query has the bias of distance 0."""
+    sums = reduce(band, "(b g) (i r) reach -> (g r) reach", "sum", g=g, i=i_len)
+    return torch.cat([sums[:, :1] + sums[:, -1:], sums[:, 1:-1]], dim=1)

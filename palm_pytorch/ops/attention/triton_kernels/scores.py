@@ -1,0 +1,97 @@
+"""What makes scores of products: bias, mask and dropout; and which keys a block of rows meets at all."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.constexpr_function
+def pipeline_stages(learned, edge, stages):
+    """Pipeline stages of a loop. To look up a learned bias takes registers, for a few blocks a row: these are
+    not pipelined, and go in smaller steps."""
+    return 1 if edge and learned else stages
+
+
+@triton.constexpr_function
+def step_of(learned, edge, size):
+    """How much of a block a loop takes at a time."""
+    return max(16, size // 2) if edge and learned else size
+
+
+@triton.jit
+def keys_seen(
+    tile, b, call, R: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
+):  # fmt: skip
+    """start <= edge, and stop: a block of rows may see the keys from start to stop, those up to edge in plain
+    blocks.
+    """
+    bias, mask, i_len, j_len = call.bias, call.mask, call.i_len, call.j_len
+    query = tl.minimum((tile * ROWS + tl.arange(0, ROWS)) // R, i_len - 1)
+    shift = j_len - i_len
+    start, stop = 0, j_len
+    if CAUSAL:
+        stop = tl.maximum(tl.max(query) + shift + 1, 0)
+    if mask.ids is not None:
+        at = tl.cast(b, tl.int64) * j_len + query + shift
+        start = tl.min(tl.load(mask.first + at)) // KEYS * KEYS
+        stop = tl.minimum(stop, tl.max(tl.load(mask.last + at)) + 1)
+    if CAUSAL or bias.offsets is not None:
+        edge = tl.maximum(tl.min(query) + shift + 1 - bias.reach, 0) // KEYS * KEYS
+    else:
+        edge = j_len // KEYS * KEYS
+    return start, tl.maximum(tl.minimum(edge, stop // KEYS * KEYS), start), stop
+
+
+@triton.jit
+def add_bias(z, query, head, key, slope, call, CAUSAL: tl.constexpr, EDGE: tl.constexpr):
+    """Adds the bias to products, and hides the keys ahead. query, head, slope and key are shaped to broadcast
+    against z."""
+    bias, i_len, j_len = call.bias, call.i_len, call.j_len
+    position = query + (j_len - i_len)
+    if bias.slopes is not None:
+        ahead = key.to(tl.float32) - position.to(tl.float32)  # exact, up to 2^24
+        z += slope * (ahead if CAUSAL else -tl.abs(ahead))
+    if EDGE:
+        distance = position - key
+        if bias.offsets is not None:
+            at = head * (bias.reach + 1) + tl.minimum(tl.maximum(distance, 0), bias.reach)
+            z += tl.load(bias.offsets + at)
+        visible = key < j_len
+        if CAUSAL:
+            visible = visible & (distance >= 0)
+        z = tl.where(visible, z, float("-inf"))
+    return z
+
+
+@triton.jit
+def documents_of(query, b, call):
+    """The documents of queries, or anything where there are none."""
+    document = query
+    if call.mask.ids is not None:
+        position = tl.minimum(query, call.i_len - 1) + (call.j_len - call.i_len)
+        document = tl.load(call.mask.ids + tl.cast(b, tl.int64) * call.j_len + position)
+    return document
+
+
+@triton.jit
+def hide_masked(z, document, key, b, call):
+    """Hides from rows of these documents, (ROWS, 1), what key mask and documents hide of keys (1, KEYS)."""
+    mask = call.mask
+    at = tl.cast(b, tl.int64) * call.j_len + key
+    if mask.keys is not None:
+        seen = tl.load(mask.keys + at, mask=key < call.j_len, other=0)
+        z = tl.where(seen != 0, z, float("-inf"))
+    if mask.ids is not None:
+        z = tl.where(document == tl.load(mask.ids + at, mask=key < call.j_len, other=-1), z, float("-inf"))
+    return z
+
+
+@triton.jit
+def kept_by_dropout(query, head, key, b, call, H: tl.constexpr):
+    """Which weights dropout leaves."""
+    zero = query * 0 + key * 0
+    bits, _, _, _ = tl.philox(tl.load(call.seed), key + zero, query + zero, b * H + head + zero, zero)
+    return tl.uint_to_uniform_float(bits) >= call.dropout_p

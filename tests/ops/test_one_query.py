@@ -1,0 +1,83 @@
+"""Attention of one query, as generation asks for it: keys shared out over cores, and room behind the keys.
+
+Shapes: h query heads; g key/value heads; j keys.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from definitions import error
+from torch import Tensor
+
+from palm_pytorch.ops import AlibiBias, RelativeBias, attention
+from palm_pytorch.ops.attention.bias import Bias
+
+# The package gives the function that name.
+blockwise = import_module("palm_pytorch.ops.attention.blockwise")
+
+
+def random_bias(kind: str, h: int) -> tuple[Bias | None, Bias | None]:
+    """A bias, and the same in float64."""
+    if kind == "alibi":
+        slopes = torch.rand(h) * 0.1
+        return AlibiBias(slopes), AlibiBias(slopes.double())
+    if kind == "t5":
+        table = torch.randn(32, h)
+        return RelativeBias(table, 128, 4.0), RelativeBias(table.double(), 128, 4.0)
+    return None, None
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    return attention(q.double(), k.double(), v.double(), backend="reference", **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["none", "alibi", "t5"])
+@pytest.mark.parametrize(("g", "j", "threads"), [(1, 64, 2), (1, 97, 3), (3, 131, 12), (1, 100, 7)])
+@torch.no_grad()
+def test_keys_are_shared_out_over_cores(
+    g: int, j: int, threads: int, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether pieces overlap or not; whole pieces that are masked; a query that may see nothing."""
+    monkeypatch.setattr(blockwise, "LEAST_PIECE", 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    made: list[int] = []
+    in_pieces = blockwise._in_pieces
+    monkeypatch.setattr(blockwise, "_in_pieces", lambda *a: made.append(a[-1]) or in_pieces(*a))
+    q, k, v = (torch.randn(1, heads, n, 24).to(dtype) for heads, n in ((6, 1), (g, j), (g, j)))
+    bias, wide_bias = random_bias(kind, 6)
+    masks = (torch.arange(j) >= j - 3, torch.arange(j) < 2, torch.rand(j) < 0.3, torch.zeros(j).bool())
+    for mask in (None, *(mask[None] for mask in masks)):
+        wanted = exact(q, k, v, bias=wide_bias, key_mask=mask)
+        found = attention(q, k, v, bias=bias, key_mask=mask)
+        plain = attention(q, k, v, bias=bias, key_mask=mask, backend="reference")
+        allowed = 2 * error(plain, wanted) if dtype == torch.bfloat16 else 2e-6
+        assert error(found, wanted) <= allowed
+    assert made == [min(threads // g, j // 16)] * 5 and made[0] > 1
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "sdpa", "blockwise"])
+@pytest.mark.parametrize("kind", ["alibi", "t5"])
+@pytest.mark.parametrize("at", [0, 5, 140, 199])
+@torch.no_grad()
+def test_a_bias_is_measured_from_where_the_query_is(kind: str, at: int, backend: str) -> None:
+    """200 keys, of which those behind `at` are not there yet."""
+    q, k, v = (torch.randn(2, heads, n, 24) for heads, n in ((6, 1), (3, 200), (3, 200)))
+    bias, wide_bias = random_bias(kind, 6)
+    wanted = exact(q, k[:, :, : at + 1], v[:, :, : at + 1], bias=wide_bias)
+    bias = type(bias)(**{**vars(bias), "at": torch.tensor([at])})
+    mask = (torch.arange(200) <= at).expand(2, -1)
+    assert error(attention(q, k, v, bias=bias, key_mask=mask, backend=backend), wanted) <= 2e-6
+
+
+@pytest.mark.parametrize("backend", ["flex", "triton", "blockwise"])
+def test_backends_that_measure_from_the_end_refuse(backend: str) -> None:
+    """Blockwise does so where gradients are wanted."""
+    q = torch.randn(1, 2, 1, 16)
+    bias = AlibiBias(torch.ones(2), at=torch.tensor([0]))
+    with pytest.raises(ValueError, match=f"{backend}.*bias.*at"):
+        attention(q, q, q, bias=bias, backend=backend)
