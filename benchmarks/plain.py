@@ -1,4 +1,4 @@
-"""The four models as plainly as PyTorch allows: what `training.py` measures the package against.
+"""The four models as plainly as PyTorch allows: what `training.py` and `generation.py` measure against.
 
 Einsum over all heads, masks and biases as (i, j) tensors, float32, all logits at once; nothing in chunks.
 Masks, rotary angles and bucket numbers depend on shapes alone and are computed once, in the peer's favour.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,18 @@ def t5_buckets(n: int, num_buckets: int, max_distance: int, device: torch.device
     exact = num_buckets // 2
     ratio = (distance.clamp(min=1) / exact).log() / math.log(max_distance / exact)
     return torch.where(distance < exact, distance, exact + (ratio * exact).long()).clamp(max=num_buckets - 1)
+
+
+def build(package: Any, case: Any, longest: int) -> Any:
+    """The model that a benchmark's case names, from `palm_pytorch` or this module.
+
+    longest: Perceiver AR's longest sequence; `case.prefix_len` is 0 for the others.
+    """
+    names = {"palm": "PaLM", "palm-lite": "PaLMLite", "lamda": "LaMDA", "perceiver-ar": "PerceiverAR"}
+    shape = {name: getattr(case, name) for name in ("num_tokens", "dim", "depth", "heads", "dim_head")}
+    if case.prefix_len:
+        shape |= {"max_seq_len": longest, "cross_attn_seq_len": case.prefix_len}
+    return getattr(package, names[case.model])(**shape)
 
 
 class RMSNorm(nn.Module):

@@ -9,8 +9,10 @@ change, and Perceiver AR, whose positions are absolute, counts each row's by its
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from palm_pytorch.generation.packing import LEAST_STEPS, PackedLinears
+from palm_pytorch.generation.recording import RecordedSteps
 from palm_pytorch.generation.sampling import Sampling
 from palm_pytorch.layers.kv_cache import KVCache
 from palm_pytorch.models.language_model import LanguageModel, check_tokens
@@ -84,8 +87,12 @@ class Context:
         self.stride = max(1, self.most // 2) if stride is None else stride
         self.latents = [min(max(length - self.prefix, 1), self.most) for length in lengths or [t] * b]
         self.cache: KVCache | None = None
-        steps = use_cache and isinstance(model, LanguageModel) and room >= LEAST_STEPS
-        self.packed = PackedLinears(self.modules if steps else [])
+        many = use_cache and isinstance(model, LanguageModel) and room >= LEAST_STEPS
+        self.packed = PackedLinears(self.modules if many else [])
+        self.recorded: RecordedSteps | None = None
+        # A hook would be heard at the recording alone.
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.modules)
+        self.recordable = many and self.tokens.device.type == "cuda" and not hooked
 
     def read(self) -> Tensor:
         """Logits (b, v) after all tokens that are shown, from the start."""
@@ -99,7 +106,10 @@ class Context:
                 room = self.tokens.shape[1] - self.length
                 self.cache = self.model.new_cache(self.prefix + min(self.most, max(self.latents) + room))
             self.cache.clear()
-            return prefill(self.model, tokens, self.cache, mask)
+            logits = prefill(self.model, tokens, self.cache, mask)
+            if self.recorded is not None:
+                self.recorded.catch_up()
+            return logits
 
     def shown(self) -> tuple[Tensor, Tensor | None]:
         """What the model is to see, (b, n), and which of it are a row's tokens, or None where all are."""
@@ -123,8 +133,19 @@ class Context:
         if full or self.cache is None:
             return self.read()
         with self.evaluating(), self.packed.in_use():
-            assert isinstance(self.model, LanguageModel)
-            return step(self.model, drawn, self.cache)
+            return self._step(drawn, self.cache)
+
+    def _step(self, drawn: Tensor, cache: KVCache) -> Tensor:
+        assert isinstance(self.model, LanguageModel)
+        if self.recordable:
+            if self.recorded is None:
+                self.recorded = RecordedSteps(partial(step, self.model), cache)
+            try:
+                return self.recorded(drawn)
+            except (RuntimeError, ValueError) as error:
+                warnings.warn(f"steps are not recorded as a CUDA graph, and slower: {error}", stacklevel=2)
+                self.recorded, self.recordable = None, False
+        return step(self.model, drawn, cache)
 
     def repeat(self, times: int) -> None:
         """Every row `times` times, each beside its copies."""

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from palm_pytorch.generation.decode import generate
-from palm_pytorch.models.lamda import LaMDA
+from palm_pytorch.models.language_model import LanguageModel
 from palm_pytorch.ops.arguments import expect_integer
 
 
@@ -25,7 +25,7 @@ class Ranked(NamedTuple):
 
 
 def sample_and_rank(
-    model: LaMDA,
+    model: LanguageModel,
     prompt: Tensor,
     max_new_tokens: int,
     *,

@@ -8,6 +8,7 @@ from palm_pytorch.layers.norm import L2Norm, LayerNorm, RMSNorm
 from palm_pytorch.layers.prefix_dropout import PrefixDropout
 from palm_pytorch.layers.relative_bias import T5RelativeBias
 from palm_pytorch.layers.rotary import Rotary, apply_rotary
+from palm_pytorch.layers.static_cache import StaticCache
 
 __all__ = [
     "GEGLU",
@@ -19,6 +20,7 @@ __all__ = [
     "PrefixDropout",
     "RMSNorm",
     "Rotary",
+    "StaticCache",
     "SwiGLU",
     "T5RelativeBias",
     "alibi_slopes",

@@ -73,7 +73,7 @@ class MultiQueryAttention(nn.Module):
         holds, which these n are added to: j keys in all. Gives (b, i, c).
 
         rotary: tables for the n positions of context and x.
-        bias, key_mask (b, j), document_ids (b, n): as in `palm_pytorch.ops.attention`.
+        bias, key_mask and document_ids (b, j): as in `palm_pytorch.ops.attention`.
         """
         source = x if context is None else torch.cat([context, x], dim=1)
         q = split_heads(self.to_q(x), self.dim_head)

@@ -18,7 +18,11 @@ from palm_pytorch.ops.arguments import expect_integer, expect_mask
 class LayerCache:
     """What one layer stores: tensors (b, g, capacity, d) of the dtype and on the device that it appends, of
     which `length` positions are taken. A layer whose key is its value stores that once.
+
+    at: where the newest key is among those that `append` gives, (1,) on their device, if it is not the last.
     """
+
+    at: Tensor | None = None
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.length, self.appended = capacity, 0, 0
@@ -34,7 +38,7 @@ class LayerCache:
         n = new[0].shape[2]
         j = self.length + n
         if not self.stored or j > self.capacity:
-            self._make_room(j, new)
+            self.make_room(j, new)
         self.appended = n
         given = []
         for stored, tensor in zip(self.stored, new, strict=True):
@@ -44,8 +48,9 @@ class LayerCache:
             given[0] = (given[0] * self.fade[-j:]).to(given[0].dtype)
         return tuple(given)
 
-    def _make_room(self, j: int, new: tuple[Tensor, ...]) -> None:
-        """Storage for j positions and more: to double it keeps all copying below what ends up stored."""
+    def make_room(self, j: int, new: tuple[Tensor, ...]) -> None:
+        """Storage for j positions of tensors like `new` and more: to double it keeps all copying below what
+        ends up stored."""
         while self.capacity < j:
             self.capacity *= 2
         shapes = [(*t.shape[:2], self.capacity, t.shape[3]) for t in new]
@@ -70,9 +75,15 @@ class KVCache:
         expect_integer("capacity", capacity)
         self.layers = [LayerCache(capacity) for _ in range(depth)]
         self.mask: Tensor | None = None
+        self.fading: Tensor | None = None
 
     def __iter__(self) -> Iterator[LayerCache]:
         return iter(self.layers)
+
+    @property
+    def at(self) -> Tensor | None:
+        """As `LayerCache` has it, of the first layer."""
+        return self.layers[0].at
 
     @property
     def length(self) -> int:
@@ -82,6 +93,10 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         return sum(stored.nbytes for layer in self for stored in layer.stored)
+
+    def positions(self, n: int, device: torch.device) -> Tensor:
+        """Those of n tokens behind what is stored, (n,)."""
+        return torch.arange(self.length, self.length + n, device=device)
 
     def advance(self) -> None:
         """What the layers have appended is there to stay."""
@@ -93,17 +108,11 @@ class KVCache:
         then, (b, j) bool, or None for all.
 
         key_mask: the same of the n alone, (b, n).
-        Raises ValueError where the cache holds another number of rows, or gradients are wanted of it.
+        Raises ValueError as `check_use`.
         """
-        if torch.is_grad_enabled():
-            raise ValueError(
-                "cache: it passes no gradients on, so expected torch.no_grad() or inference_mode()"
-            )
         if key_mask is not None:
             expect_mask("key_mask", key_mask, (b, n))
-        stored = self.layers[0].stored
-        if stored and len(stored[0]) != b:
-            raise ValueError(f"cache: expected {len(stored[0])} rows of tokens, as it holds, got {b}")
+        self.check_use(b)
         if self.mask is None:
             if key_mask is None:
                 return None
@@ -115,14 +124,23 @@ class KVCache:
         self.mask[:, self.length : j] = True if key_mask is None else key_mask
         return self.mask[:, :j]
 
+    def check_use(self, b: int) -> None:
+        """Raises ValueError where the cache holds another number of rows, or gradients are wanted of it."""
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "cache: it passes no gradients on, so expected torch.no_grad() or inference_mode()"
+            )
+        stored = self.layers[0].stored
+        if stored and len(stored[0]) != b:
+            raise ValueError(f"cache: expected {len(stored[0])} rows of tokens, as it holds, got {b}")
+
     def fade_keys(self, factor: Tensor, n: int, device: torch.device) -> None:
         """Has stored keys shrink by `factor` (d,), below 1, with every token after them; n are about to
         come.
         """
-        fade, j = self.layers[0].fade, self.length + n
+        self.fading, fade, j = factor, self.layers[0].fade, self.length + n
         if fade is None or len(fade) < j:
-            age = torch.arange(max(j, self.layers[0].capacity) - 1, -1, -1, device=factor.device)
-            fade = (factor ** age[:, None]).to(device, torch.float32)
+            fade = faded(factor, max(j, self.layers[0].capacity)).flip(0).to(device)
             for layer in self:
                 layer.fade = fade
 
@@ -138,6 +156,12 @@ class KVCache:
             layer.stored = tuple(stored.repeat_interleave(times, dim=0) for stored in layer.stored)
         if self.mask is not None:
             self.mask = self.mask.repeat_interleave(times, dim=0)
+
+
+def faded(factor: Tensor, ages: int) -> Tensor:
+    """What is left of a key that as many tokens came after, 0 and up to `ages`, (ages, d) float32."""
+    age = torch.arange(ages, device=factor.device)
+    return (factor ** age[:, None]).float()
 
 
 class _NoPast(LayerCache):

@@ -20,15 +20,14 @@ class PrefixDropout(nn.Module):
         self.share = share
 
     def forward(
-        self, prefix: Tensor, at: Tensor, key_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """prefix (b, p, c), its positions (p,) and the mask (b, j) of all keys, each with what is left:
-        (b, p', c), (p',) or (b, p'), and (b, j - p + p')."""
+        self, prefix: Tensor, at: Tensor, *keys: Tensor | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        """prefix (b, p, c), its positions (p,) and what is known of all keys, each (b, j) or None, with what
+        is left: (b, p', c), (p',) or (b, p'), and (b, j - p + p') each."""
         b, p, c = prefix.shape
         dropped = int(p * self.share)
         if not self.training or dropped == 0:
-            return prefix, at, key_mask
+            return prefix, at, keys
         kept = torch.rand(b, p, device=prefix.device).argsort(dim=-1)[:, dropped:].sort(dim=-1).values
-        if key_mask is not None:
-            key_mask = torch.cat([key_mask.gather(1, kept), key_mask[:, p:]], dim=1)
-        return prefix.gather(1, kept[..., None].expand(-1, -1, c)), at[kept], key_mask
+        left = (x if x is None else torch.cat([x.gather(1, kept), x[:, p:]], dim=1) for x in keys)
+        return prefix.gather(1, kept[..., None].expand(-1, -1, c)), at[kept], tuple(left)

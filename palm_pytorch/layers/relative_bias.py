@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from palm_pytorch.ops import RelativeBias
 from palm_pytorch.ops.arguments import expect_integer
@@ -32,5 +32,6 @@ class T5RelativeBias(nn.Module):
         """Small beside the scores of fresh queries and keys, whose size is about 1."""
         nn.init.normal_(self.table, std=0.02)
 
-    def forward(self) -> RelativeBias:
-        return RelativeBias(self.table, self.max_distance, self.scale)
+    def forward(self, at: Tensor | None = None) -> RelativeBias:
+        """at: as of `RelativeBias`."""
+        return RelativeBias(self.table, self.max_distance, self.scale, at)

@@ -67,7 +67,7 @@ class Rotary(nn.Module):
             longest //= 2  # powers are measured from one end then, not from the middle
         # To read positions would stall another device; there they are taken to be consecutive.
         extent = positions.shape[-1]
-        if device.type == "cpu":
+        if device.type == "cpu" and extent > 1:
             extent = int((positions.amax(dim=-1) - positions.amin(dim=-1)).max()) + 1
         if extent > longest:
             raise ValueError(

@@ -18,7 +18,7 @@ from palm_pytorch.layers.feedforward import GEGLU, FeedForward
 from palm_pytorch.layers.kv_cache import NO_CACHE, NO_PAST, KVCache, LayerCache
 from palm_pytorch.layers.norm import make_norm
 from palm_pytorch.layers.relative_bias import T5RelativeBias
-from palm_pytorch.models.language_model import LanguageModel
+from palm_pytorch.models.language_model import LanguageModel, check_document_ids
 
 
 class LaMDABlock(nn.Module):
@@ -54,8 +54,9 @@ class LaMDABlock(nn.Module):
         self.ff_norm = make_norm(norm, dim)
         self.ff = FeedForward(dim, ff_mult, GEGLU, dropout, bias)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None, past: LayerCache = NO_PAST) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), bias=self.relative_bias(), key_mask=key_mask, past=past)
+    def forward(self, x: Tensor, past: LayerCache = NO_PAST, **keys: Any) -> Tensor:
+        """keys: key_mask and document_ids, as `MultiQueryAttention` has them."""
+        x = x + self.attn(self.attn_norm(x), bias=self.relative_bias(past.at), past=past, **keys)
         return x + self.ff(self.ff_norm(x))
 
 
@@ -68,6 +69,7 @@ class LaMDA(LanguageModel):
     ff_mult: inner width of the feed-forward, in multiples of dim.
     dropout: share of attention weights and of inner feed-forward features dropped in training.
     num_buckets, max_distance: of the T5 relative bias.  norm: "rmsnorm" or "layernorm" (without bias).
+    embedding_std, logit_scale: as of `PaLM`.
     attention_backend: as in `palm_pytorch.ops.attention`.
     For weights of older models: bias, in the feed-forward, after attention and in an untied head; norm
     "layernorm-biased".
@@ -90,6 +92,8 @@ class LaMDA(LanguageModel):
         max_distance: int = 128,
         norm: str = "rmsnorm",
         tie_embeddings: bool = True,
+        embedding_std: float = 0.02,
+        logit_scale: float = 1.0,
         bias: bool = False,
         attention_backend: str = "auto",
     ) -> None:
@@ -113,13 +117,19 @@ class LaMDA(LanguageModel):
         self.init_weights()
 
     def hidden(
-        self, tokens: Tensor, *, key_mask: Tensor | None = None, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
+        check_document_ids(document_ids, tokens, cache)
         cache = cache or NO_CACHE
         key_mask = cache.begin(key_mask, *tokens.shape)
         x = self.token_emb(tokens)
         for layer, past in zip(self.layers, cache, strict=False):
-            x = layer(x, key_mask, past)
+            x = layer(x, past, key_mask=key_mask, document_ids=document_ids)
         cache.advance()
         return self.norm(x)
 

@@ -55,8 +55,9 @@ class LanguageModel(nn.Module):
         """Initialises every parameter, also after `to_empty` of a model built on the meta device.
 
         Kernels are normal with variance 1 / fan-in (PaLM, arXiv 2204.02311, section 5), so that a layer
-        keeps the scale of its input; embeddings are normal with std 0.02 (GPT-2), so that tied logits start
-        near zero; gains are one, biases zero.
+        keeps the scale of its input; embeddings are normal with std `embedding_std`, by default 0.02 (GPT-2),
+        so that tied logits start near zero; gains are one, biases zero. PaLM's own embeddings have std 1, and
+        a `logit_scale` of dim^-0.5 does for its logits what the small std does here.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -64,17 +65,24 @@ class LanguageModel(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=self.config["embedding_std"])
             elif callable(reset := getattr(module, "reset_parameters", None)):  # norms and bias tables
                 reset()
 
     @abstractmethod
     def hidden(
-        self, tokens: Tensor, *, key_mask: Tensor | None = None, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Final hidden states, normed: (b, n, c), or of the last positions only.
 
         key_mask: (b, n) bool, True where a token may be attended to; None for everywhere.
+        document_ids: (b, n) integers; a token attends only to those that bear the same; None for all. Not
+        with a cache.
         cache: of `new_cache`; tokens come after those it holds, attend to them too, and are added to it.
         """
 
@@ -107,6 +115,8 @@ class LanguageModel(nn.Module):
                 shapes = f"{tuple(tokens.shape)}, got {tuple(labels.shape)}"
                 raise ValueError(f"labels: expected the shape of tokens, {shapes}")
         hidden = self.hidden(tokens, **inputs)
+        if (scale := self.config["logit_scale"]) != 1:
+            hidden = hidden * scale
         if labels is None:
             return F.linear(hidden[:, -1:] if last_only else hidden, self.head_weight, self.head_bias)
         labels = labels[:, -hidden.shape[1] :]
@@ -135,7 +145,9 @@ class LanguageModel(nn.Module):
             revision: str | None = None,
             **config: Any,
         ) -> M: ...
-        def save_pretrained(self, folder: str | Path, *, max_shard_size: int = ...) -> None: ...
+        def save_pretrained(
+            self, folder: str | Path, *, tokenizer: Any = None, max_shard_size: int = ...
+        ) -> None: ...
         def push_to_hub(self, repo_id: str, **options: Any) -> str: ...
 
 
@@ -146,7 +158,21 @@ def check_config(config: dict[str, Any]) -> None:
     for name, value in config.items():
         if "dropout" in name:
             expect_number(name, value, least=0, below=1)
+    for name in ("embedding_std", "logit_scale"):
+        expect_number(name, config[name], above=0)
     check_backend(config["attention_backend"])
+
+
+def check_document_ids(document_ids: Tensor | None, tokens: Tensor, cache: KVCache | None) -> None:
+    """Refuses ids that do not go with the tokens (b, n), and any with a cache, which keeps none."""
+    if document_ids is None:
+        return
+    expect_tensor("document_ids", document_ids)
+    if document_ids.shape != tokens.shape:
+        shapes = f"{tuple(tokens.shape)}, got {tuple(document_ids.shape)}"
+        raise ValueError(f"document_ids: expected the shape of tokens, {shapes}")
+    if cache is not None:
+        raise ValueError("document_ids: a cache does not keep them, so expected None with one")
 
 
 def check_tokens(tokens: Tensor, num_tokens: int, device: torch.device, name: str = "tokens") -> None:

@@ -10,7 +10,8 @@ Shapes: b batch; n sequence length; h heads; d head dim; c model width.
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor, nn
 
 from palm_pytorch.layers.attention import merge_heads, split_heads
@@ -18,7 +19,7 @@ from palm_pytorch.layers.feedforward import swiglu
 from palm_pytorch.layers.kv_cache import NO_CACHE, NO_PAST, KVCache, LayerCache
 from palm_pytorch.layers.norm import L2Norm, make_norm
 from palm_pytorch.layers.rotary import Rotary, RotaryTable, apply_rotary
-from palm_pytorch.models.language_model import LanguageModel
+from palm_pytorch.models.language_model import LanguageModel, check_document_ids
 from palm_pytorch.ops import attention
 
 
@@ -57,11 +58,12 @@ class ParallelBlock(nn.Module):
         self,
         x: Tensor,
         rotary: tuple[RotaryTable, RotaryTable],
-        key_mask: Tensor | None = None,
         past: LayerCache = NO_PAST,
+        **keys: Any,
     ) -> Tensor:
+        """keys: key_mask and document_ids, as `attention` has them."""
         q, k, v, value, gate = self.fused_proj(self.norm(x)).split_with_sizes(self.widths, dim=-1)
-        attended = self.attn_out(self.attend(q, k, v, rotary, key_mask, past))
+        attended = self.attn_out(self.attend(q, k, v, rotary, past, **keys))
         return x + attended + self.ff_out(self.ff_dropout(swiglu(value, gate)))
 
     def attend(
@@ -70,15 +72,15 @@ class ParallelBlock(nn.Module):
         k: Tensor,
         v: Tensor,
         rotary: tuple[RotaryTable, RotaryTable],
-        key_mask: Tensor | None,
         past: LayerCache,
+        **keys: Any,
     ) -> Tensor:
         """q (b, n, h d), k and v (b, n, d) -> (b, n, h d)."""
         q, k, v = (split_heads(t, self.dim_head) for t in (q, k, v))
         q = apply_rotary(self.q_norm(q), rotary[0])
         k, v = past.append(apply_rotary(self.k_norm(k), rotary[1]), v)
         dropout_p = self.attn_dropout if self.training else 0.0
-        return merge_heads(attention(q, k, v, key_mask=key_mask, dropout_p=dropout_p, backend=self.backend))
+        return merge_heads(attention(q, k, v, **keys, dropout_p=dropout_p, backend=self.backend))
 
 
 class PaLM(LanguageModel):
@@ -90,6 +92,8 @@ class PaLM(LanguageModel):
     xpos, xpos_scale_base: length-extrapolating decay on top of rotary (Sun et al. 2022, arXiv 2212.10554).
     attn_dropout, ff_dropout: share of attention weights and of inner feed-forward features dropped in
     training.
+    embedding_std: of the embeddings at first.  logit_scale: a constant factor of the logits. The paper has 1
+    and dim^-0.5.
     attention_backend: as in `palm_pytorch.ops.attention`.
     For weights of older models: final_norm=False reads logits off the un-normed stream.
 
@@ -110,6 +114,8 @@ class PaLM(LanguageModel):
         xpos: bool = False,
         xpos_scale_base: int = 512,
         tie_embeddings: bool = True,
+        embedding_std: float = 0.02,
+        logit_scale: float = 1.0,
         final_norm: bool = True,
         attn_dropout: float = 0.0,
         ff_dropout: float = 0.0,
@@ -138,14 +144,19 @@ class PaLM(LanguageModel):
         self.init_weights()
 
     def hidden(
-        self, tokens: Tensor, *, key_mask: Tensor | None = None, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
+        check_document_ids(document_ids, tokens, cache)
         cache = cache or NO_CACHE
         key_mask = cache.begin(key_mask, *tokens.shape)
         x = self.token_emb(tokens)
-        positions = torch.arange(cache.length, cache.length + tokens.shape[1], device=tokens.device)
-        rotary = self.rotary(positions, cache)
+        rotary = self.rotary(cache.positions(tokens.shape[1], tokens.device), cache)
         for layer, past in zip(self.layers, cache, strict=False):
-            x = layer(x, rotary, key_mask, past)
+            x = layer(x, rotary, past, key_mask=key_mask, document_ids=document_ids)
         cache.advance()
         return self.norm(x)

@@ -10,6 +10,8 @@ Shapes: b batch; n sequence length; h heads; d head dim; c model width.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from palm_pytorch.layers.alibi import alibi_slopes
@@ -17,7 +19,7 @@ from palm_pytorch.layers.attention import merge_heads, split_heads
 from palm_pytorch.layers.feedforward import swiglu
 from palm_pytorch.layers.kv_cache import NO_CACHE, NO_PAST, KVCache, LayerCache
 from palm_pytorch.layers.norm import L2Norm, make_norm
-from palm_pytorch.models.language_model import LanguageModel
+from palm_pytorch.models.language_model import LanguageModel, check_document_ids
 from palm_pytorch.ops import AlibiBias, attention
 
 
@@ -53,16 +55,15 @@ class ParallelLiteBlock(nn.Module):
         self,
         x: Tensor,
         alibi: AlibiBias,
-        key_mask: Tensor | None = None,
         past: LayerCache = NO_PAST,
+        **keys: Any,
     ) -> Tensor:
+        """keys: key_mask and document_ids, as `attention` has them."""
         q, kv, value, gate = self.fused_proj(self.norm(x)).split_with_sizes(self.widths, dim=-1)
-        attended = self.attn_out(self.attend(q, kv, alibi, key_mask, past))
+        attended = self.attn_out(self.attend(q, kv, alibi, past, **keys))
         return x + attended + self.ff_out(self.ff_dropout(swiglu(value, gate)))
 
-    def attend(
-        self, q: Tensor, kv: Tensor, alibi: AlibiBias, key_mask: Tensor | None, past: LayerCache
-    ) -> Tensor:
+    def attend(self, q: Tensor, kv: Tensor, alibi: AlibiBias, past: LayerCache, **keys: Any) -> Tensor:
         """q (b, n, h d), kv (b, n, d) -> (b, n, h d)."""
         q, kv = (split_heads(t, self.dim_head) for t in (q, kv))
         # Stored before the key's norm: one tensor, not two.
@@ -72,7 +73,7 @@ class ParallelLiteBlock(nn.Module):
             self.k_norm(kv),
             kv,
             bias=alibi,
-            key_mask=key_mask,
+            **keys,
             dropout_p=self.attn_dropout if self.training else 0.0,
             backend=self.backend,
         )
@@ -99,6 +100,8 @@ class PaLMLite(LanguageModel):
         norm: str = "rmsnorm",
         qk_norm: bool = False,
         tie_embeddings: bool = True,
+        embedding_std: float = 0.02,
+        logit_scale: float = 1.0,
         attn_dropout: float = 0.0,
         ff_dropout: float = 0.0,
         attention_backend: str = "auto",
@@ -121,13 +124,19 @@ class PaLMLite(LanguageModel):
         self.init_weights()
 
     def hidden(
-        self, tokens: Tensor, *, key_mask: Tensor | None = None, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
+        check_document_ids(document_ids, tokens, cache)
         cache = cache or NO_CACHE
         key_mask = cache.begin(key_mask, *tokens.shape)
         x = self.token_emb(tokens)
-        alibi = AlibiBias(alibi_slopes(self.config["heads"], tokens.device))
+        alibi = AlibiBias(alibi_slopes(self.config["heads"], tokens.device), cache.at)
         for layer, past in zip(self.layers, cache, strict=False):
-            x = layer(x, alibi, key_mask, past)
+            x = layer(x, alibi, past, key_mask=key_mask, document_ids=document_ids)
         cache.advance()
         return self.norm(x)

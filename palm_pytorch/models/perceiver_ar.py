@@ -25,7 +25,7 @@ from palm_pytorch.layers.kv_cache import NO_CACHE, KVCache
 from palm_pytorch.layers.norm import make_norm
 from palm_pytorch.layers.prefix_dropout import PrefixDropout
 from palm_pytorch.layers.rotary import Rotary
-from palm_pytorch.models.language_model import LanguageModel
+from palm_pytorch.models.language_model import LanguageModel, check_document_ids
 from palm_pytorch.ops.arguments import expect_integer, expect_mask
 
 
@@ -70,10 +70,9 @@ class PerceiverAR(LanguageModel):
     kv_heads: key/value heads, a divisor of heads; None for as many as heads.
     perceive_depth: layers that attend to the prefix, ahead of the `depth` others.
     dropout: share of attention weights and of inner feed-forward features dropped in training.
-    cross_attn_dropout: share of the prefix left out in training, drawn anew for each row and layer that
-    attends to it.
-    ff_mult: inner width of the feed-forward, in multiples of dim.  norm: "rmsnorm" or "layernorm" (without
-    bias).
+    cross_attn_dropout: share of the prefix left out in training, anew for each row and layer that sees it.
+    ff_mult: inner width of the feed-forward, in multiples of dim.  norm: "rmsnorm" or bias-less "layernorm".
+    embedding_std, logit_scale: as of `PaLM`.
     attention_backend: as in `palm_pytorch.ops.attention`.
     For weights of older models: norm "layernorm-biased"; final_norm=False; gated=False, a GELU feed-forward;
     prefix_bias, after attention to the prefix.
@@ -98,6 +97,8 @@ class PerceiverAR(LanguageModel):
         perceive_depth: int = 1,
         norm: str = "rmsnorm",
         tie_embeddings: bool = True,
+        embedding_std: float = 0.02,
+        logit_scale: float = 1.0,
         final_norm: bool = True,
         gated: bool = True,
         prefix_bias: bool = False,
@@ -135,6 +136,7 @@ class PerceiverAR(LanguageModel):
         *,
         prefix_mask: Tensor | None = None,
         key_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Final hidden states of the latents, (b, m, c).
@@ -142,8 +144,10 @@ class PerceiverAR(LanguageModel):
         prefix_mask: (b, p) bool, True where a prefix token may be attended to.
         key_mask: (b, n) bool, that of all tokens instead. Latents that may not be are padding on the left:
         the positions of a row begin with its first latent.
+        document_ids: (b, n), as of the others. Positions are counted along the row, not in each document.
         cache: the first call with it brings the prefix, each further one the latents behind those it holds.
         """
+        check_document_ids(document_ids, tokens, cache)
         cache = cache or NO_CACHE
         self._check(tokens, prefix_mask, cache)
         (b, n), p = tokens.shape, 0 if cache.length else self.prefix_len
@@ -151,7 +155,7 @@ class PerceiverAR(LanguageModel):
         if prefix_mask is not None:
             key_mask = F.pad(prefix_mask, (0, n - p), value=True)
         key_mask = cache.begin(key_mask, b, n)
-        at, latents_at = torch.arange(cache.length, cache.length + n, device=tokens.device).tensor_split([p])
+        at, latents_at = cache.positions(n, tokens.device).tensor_split([p])
         latent_mask = None
         if padded and key_mask is not None:
             latent_mask = key_mask[:, self.prefix_len :]
@@ -161,13 +165,14 @@ class PerceiverAR(LanguageModel):
         prefix, x = prefix + self.pos_emb(at), x + self.pos_emb(latents_at)
         pasts = iter(cache)
         for layer, past in zip(self.perceive_layers, pasts, strict=False):
-            kept, kept_at, kept_mask = self.drop_prefix(prefix, at, key_mask)
+            kept, kept_at, (seen, ids) = self.drop_prefix(prefix, at, key_mask, document_ids)
             rows = torch.broadcast_shapes(kept_at.shape[:-1], latents_at.shape[:-1])
             every = torch.cat([kept_at.expand(*rows, -1), latents_at.expand(*rows, -1)], dim=-1)
-            x = layer(x, kept, rotary=self.rotary(every), key_mask=kept_mask, past=past)
+            x = layer(x, kept, rotary=self.rotary(every), key_mask=seen, document_ids=ids, past=past)
         rotary = self.rotary(latents_at)
+        latent_ids = None if document_ids is None else document_ids[:, p:]
         for layer, past in zip(self.layers, pasts, strict=False):
-            x = layer(x, rotary=rotary, key_mask=latent_mask, past=past)
+            x = layer(x, rotary=rotary, key_mask=latent_mask, document_ids=latent_ids, past=past)
         cache.advance()
         return self.norm(x)
 

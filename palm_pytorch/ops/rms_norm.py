@@ -26,8 +26,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The result, and r of each row, (..., 1)."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) ** 2 / x.shape[-1]
-    inverse = (mean_square + eps).rsqrt()
+    # In place: for the one row of a generated token every call counts.
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return (wide * inverse).mul_(weight.to(wide.dtype)).to(x.dtype), inverse
 
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from palm_pytorch.generation.sampling import (
     Sampling,
@@ -249,3 +250,33 @@ def test_draws_follow_their_generator_alone() -> None:
     logits = torch.zeros(50, 30)
     drawn = [Sampling().draw(logits, generator=torch.Generator().manual_seed(s)).tolist() for s in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+class Called(TorchDispatchMode):
+    """The names of what is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(call.name().removeprefix("aten::"))
+        return call(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("options", "needs"),
+    [
+        ({"temperature": 0.0, "top_k": 3, "top_p": 0.9, "min_p": 0.1}, set()),
+        ({}, {"multinomial"}),
+        ({"top_k": 3, "min_p": 0.1, "top_p": 1.0}, {"multinomial", "topk"}),
+        ({"top_p": 0.9}, {"multinomial", "sort"}),
+    ],
+)
+def test_the_vocabulary_is_ordered_only_for_top_p(options: dict[str, Any], needs: set[str]) -> None:
+    """And nothing at all is drawn where the likeliest is taken."""
+    with Called() as called:
+        Sampling(**options).draw(torch.randn(2, 50))
+    ordering = {"sort", "topk", "argsort", "multinomial", "_softmax"}
+    assert called.names & ordering - {"_softmax"} == needs
+    assert ("argmax" in called.names) == (not needs) == ("_softmax" not in called.names)

@@ -212,6 +212,33 @@ def test_weights_keep_the_scale_of_their_input(kind: Kind) -> None:
 
 
 @models
+def test_palm_s_embeddings_and_logits(kind: Kind) -> None:
+    """Of std 1 and scaled by dim^-0.5 (arXiv 2204.02311, section 5): logits have about the variance of the
+    normed stream, 1, and the scale is in every way to a loss or a logit."""
+    net = build(kind, dim=96, num_tokens=1000, embedding_std=1.0, logit_scale=96**-0.5).double()
+    assert net.token_emb.weight.std().item() == pytest.approx(1, rel=0.1)  # type: ignore[union-attr]
+    plain = build(kind, dim=96, num_tokens=1000).double()
+    plain.load_state_dict(net.state_dict())
+    tokens, labels = torch.randint(1000, (2, 30)), torch.randint(1000, (2, 30))
+    logits = net(tokens)
+    assert error(logits, plain(tokens) * 96**-0.5) <= 1e-12
+    # Tied as they are, the logit of the token that was read stands out.
+    others = logits.scatter(2, tokens[:, -logits.shape[1] :, None], 0.0)
+    assert others.std().item() == pytest.approx(1, rel=0.2)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels[:, -logits.shape[1] :].flatten())
+    assert error(net(tokens, labels=labels), expected) <= 1e-12
+    assert error(net(tokens, last_only=True), logits[:, -1:]) <= 1e-12
+    assert type(net)(**net.config)(tokens).shape == logits.shape
+
+
+@models
+@pytest.mark.parametrize("name", ["embedding_std", "logit_scale"])
+def test_scales_that_are_not_above_zero_are_refused(kind: Kind, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected a finite number above 0, got 0"):
+        build(kind, **{name: 0})
+
+
+@models
 def test_initialisation_follows_the_seed(kind: Kind) -> None:
     torch.manual_seed(1)
     first = build(kind).state_dict()
