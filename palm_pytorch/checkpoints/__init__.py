@@ -5,13 +5,12 @@ above them.
 """
 
 from palm_pytorch.checkpoints.hub import push_to_hub
-from palm_pytorch.checkpoints.native import save_pretrained
+from palm_pytorch.checkpoints.native import find_tokenizer, save_pretrained
 from palm_pytorch.checkpoints.pretrained import from_pretrained as _from_pretrained
 from palm_pytorch.checkpoints.reference import load_reference
-from palm_pytorch.checkpoints.tokenizer import Tokenizer, find_tokenizer
 from palm_pytorch.models.language_model import LanguageModel
 
-__all__ = ["Tokenizer", "find_tokenizer", "from_pretrained", "load_reference"]
+__all__ = ["find_tokenizer", "from_pretrained", "load_reference"]
 
 LanguageModel.save_pretrained = save_pretrained  # type: ignore[assignment, method-assign]
 LanguageModel.push_to_hub = push_to_hub  # type: ignore[assignment, method-assign]

@@ -15,7 +15,7 @@ import torch
 
 from palm_pytorch.checkpoints.native import CONFIG_FILE, INDEX_FILE, load_folder, sha256
 from palm_pytorch.checkpoints.reference import load_reference
-from palm_pytorch.checkpoints.tokenizer import TOKENIZER_FILES, Tokenizer
+from palm_pytorch.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from palm_pytorch.models import preset
 from palm_pytorch.models.language_model import LanguageModel
 
@@ -69,7 +69,7 @@ def fetch_tokenizer(repo_id: str) -> Tokenizer:
     import huggingface_hub
 
     with plain_errors(repo_id):
-        return Tokenizer(huggingface_hub.hf_hub_download(repo_id, TOKENIZER_FILES[0]))
+        return load_tokenizer(huggingface_hub.hf_hub_download(repo_id, TOKENIZER_FILES[".json"]))
 
 
 @contextmanager
@@ -137,7 +137,7 @@ def hub_model() -> Any:
             if model_id in PUBLIC:
                 path = Path(huggingface_hub.hf_hub_download(model_id, PUBLIC[model_id].file, **where))
                 return cls(load_public(path, PUBLIC[model_id], kind=kind, **load))
-            files = [CONFIG_FILE, INDEX_FILE, "*.safetensors", *TOKENIZER_FILES]
+            files = [CONFIG_FILE, INDEX_FILE, "*.safetensors", *TOKENIZER_FILES.values()]
             folder = huggingface_hub.snapshot_download(model_id, allow_patterns=files, **where)
             return cls(load_folder(folder, kind=kind, **load))
 

@@ -1,6 +1,7 @@
 """A model in a folder: `config.json` and safetensors files.
 
     config.json                    class, its arguments, the version that saved it, a SHA-256 per weight file
+    tokenizer.model, ...           the tokenizer, if there is one; `config.json` has its SHA-256 too
     model.safetensors              the weights, or
     model-00001-of-00003.safetensors, ..., model.safetensors.index.json
 
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from palm_pytorch.data.tokenizer import ByteTokenizer, Tokenizer, expect_tokenizer, stored_tokenizer
 from palm_pytorch.models import LaMDA, PaLM, PaLMLite, PerceiverAR
 from palm_pytorch.models.language_model import LanguageModel
 from palm_pytorch.ops.arguments import expect_integer
@@ -38,9 +40,16 @@ PARTIAL = ".partial"
 # ------------------------------------------------------------------------------------------------- saving
 
 
-def save_pretrained(model: LanguageModel, folder: str | Path, *, max_shard_size: int = 5 * 10**9) -> None:
+def save_pretrained(
+    model: LanguageModel,
+    folder: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_shard_size: int = 5 * 10**9,
+) -> None:
     """Write the model into `folder`, which is made if need be; a model that it holds is replaced.
 
+    tokenizer: of the model's tokens, to go along; without one, that in the folder stays.
     max_shard_size: bytes of weights per file at most, unless one tensor is larger.
 
     Raises:
@@ -71,7 +80,11 @@ def save_pretrained(model: LanguageModel, folder: str | Path, *, max_shard_size:
             write_json(partial / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": places})
         name = next(name for name, kind in MODELS.items() if isinstance(model, kind))
         config = {"model": name, "palm_pytorch": __version__, "config": model.config}
+        if tokenizer is not None:
+            config["tokenizer"] = tokenizer.fingerprint
         write_json(partial / CONFIG_FILE, config | ({"tied": tied} if tied else {}) | {"sha256": sums})
+        if tokenizer is not None:
+            tokenizer.save(folder)
         install(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -176,6 +189,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: expected what `save_pretrained` writes: {error!r}") from error
     return saved
+
+
+def find_tokenizer(folder: str | Path) -> Tokenizer | None:
+    """The tokenizer of the model in a folder; None where it was saved without, as models of bytes may be.
+
+    Raises:
+        ValueError: the file there is not the one that the model was saved with, or is missing.
+        And as `load_tokenizer`.
+    """
+    found, expected = stored_tokenizer(folder), read_config(Path(folder)).get("tokenizer")
+    if expected is None:
+        return found
+    return expect_tokenizer(found or ByteTokenizer(), expected, f"the model in {folder}")
 
 
 def stored_tensors(folder: Path, files: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

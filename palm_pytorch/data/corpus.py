@@ -14,6 +14,7 @@ import sysconfig
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,15 +50,38 @@ class Corpus:
     origin: str
     fingerprint: str
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A process that is given it maps the file for itself."""
+        return _reopen, (self.name, self.path, self.origin, self.fingerprint)
+
 
 @dataclass(frozen=True)
 class Published:
-    """A corpus whose bytes are known, and the addresses, in the order to try, of a zip archive of it."""
+    """A corpus whose bytes are known, and the addresses, in the order to try, of a zip archive of it.
+
+    alphabet: the bytes that occur in it, for one whose SHA-256 is not known.
+    """
 
     name: str
     urls: tuple[str, ...]
     archive: Expected
     content: Expected
+    alphabet: bytes | None = None
+
+    def check(self, corpus: Corpus) -> None:
+        """Raise a ValueError unless `corpus` is this one."""
+        size, sha256 = self.content.size, self.content.sha256
+        right = len(corpus.tokens) == size and sha256 in (None, corpus.fingerprint)
+        if right and self.alphabet is not None:
+            right = set(np.flatnonzero(np.bincount(corpus.tokens, minlength=256)).tolist()) == set(
+                self.alphabet
+            )
+        if not right:
+            what = f"sha256 {sha256}" if sha256 else f"of {len(self.alphabet or b'')} different ones"
+            raise ValueError(
+                f"{corpus.path} ({len(corpus.tokens):,} bytes) is not {self.name} ({size:,} bytes, {what}); "
+                f"remove it, or train on it with --data {corpus.path}"
+            )
 
 
 ENWIK8 = Published(
@@ -66,6 +90,22 @@ ENWIK8 = Published(
     archive=Expected(36_445_475, "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"),
     content=Expected(100_000_000, "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"),
 )
+# Letters and spaces alone. Of its SHA-256 there is no authoritative record.
+TEXT8 = Published(
+    name="text8",
+    urls=("https://mattmahoney.net/dc/text8.zip",),
+    archive=Expected(31_344_016),
+    content=Expected(100_000_000),
+    alphabet=b" abcdefghijklmnopqrstuvwxyz",
+)
+
+
+def find_published(source: str | Path | None) -> Published | None:
+    """The corpus that a string names, if it names one; a `Path` names a file."""
+    named = (
+        published for published in (ENWIK8, TEXT8) if isinstance(source, str) and source == published.name
+    )
+    return next(named, None)
 
 
 def open_corpus(source: str | Path | None, data_dir: str | Path) -> Corpus:
@@ -73,27 +113,26 @@ def open_corpus(source: str | Path | None, data_dir: str | Path) -> Corpus:
 
     Args:
         source: a file or folder of text, plain or compressed (`.gz`, `.bz2`, `.xz`, `.zip`, `.zst`); the
-            string `"enwik8"` for Enwik8 and nothing else; None for Enwik8 or, where it can be neither found
-            nor downloaded, the source code of the running Python's standard library, after a loud message.
-            A folder stands for its files one after the other, as `list_files` sorts them.
+            string `"enwik8"` or `"text8"` for these and nothing else; None for Enwik8 or, where it can be
+            neither found nor downloaded, the source code of the running Python's standard library, after a
+            loud message. A folder stands for its files one after the other, as `list_files` sorts them.
         data_dir: where downloads and plain copies are looked for and kept.
 
     Several processes may open the same corpus at once, but each then unpacks it for itself: let one go first.
 
     Raises:
-        FileNotFoundError: `source` does not exist, or `"enwik8"` can be neither found nor downloaded.
+        FileNotFoundError: `source` does not exist, or a corpus by name can be neither found nor downloaded.
         ValueError: a file is damaged, cut short, empty, a device or a pipe, or not what its name says.
         ModuleNotFoundError: a `.zst` file, and nothing is installed that reads it.
         OSError: a file cannot be read, or `data_dir` cannot be written. Every message names the file.
     """
     data_dir = Path(data_dir)
-    if source is not None and source != ENWIK8.name:
-        return _open_path(source, data_dir)
+    if source is not None:
+        published = find_published(source)
+        return find_or_download(published, data_dir) if published else _open_path(source, data_dir)
     try:
         return find_or_download(ENWIK8, data_dir)
     except FileNotFoundError as error:
-        if source is not None:
-            raise
         corpus = _open_standard_library(data_dir)
         rule = "=" * 100
         print(
@@ -127,11 +166,7 @@ def find_or_download(published: Published, data_dir: Path) -> Corpus:
         except ValueError as error:
             raise ValueError(f"{packed} does not hold {published.name}; remove it. ({error})") from error
     corpus = _map(plain, published.name, origin)
-    if corpus.fingerprint != published.content.sha256:
-        raise ValueError(
-            f"{plain} ({len(corpus.tokens):,} bytes) is not {published.name} ({published.content.size:,} "
-            f"bytes, sha256 {published.content.sha256}); remove it, or train on it with --data {plain}"
-        )
+    published.check(corpus)
     return corpus
 
 
@@ -148,6 +183,10 @@ def fingerprint(tokens: np.ndarray) -> str:
     for start in np.linspace(0, len(tokens) - block, blocks, dtype=np.int64):
         digest.update(tokens[start : start + block].data)
     return digest.hexdigest()
+
+
+def _reopen(name: str, path: Path, origin: str, known: str) -> Corpus:
+    return Corpus(name, np.memmap(path, dtype=np.uint8, mode="r"), path, origin, known)
 
 
 def _map(path: Path, name: str, origin: str) -> Corpus:
@@ -180,7 +219,7 @@ def _open_path(source: str | Path, data_dir: Path) -> Corpus:
     path = Path(source).expanduser()
     if source == "" or not path.exists():
         raise FileNotFoundError(
-            f"{str(source)!r} does not exist: expected a file, a folder or {ENWIK8.name!r}"
+            f"{str(source)!r} does not exist: expected a file, a folder, 'enwik8' or 'text8'"
         )
     files = list_files(path)
     name = path.resolve().name

@@ -41,10 +41,10 @@ ABANDONED_SECONDS = 3600  # without a byte, after which a half-written file is n
 
 @dataclass(frozen=True)
 class Expected:
-    """What a file must hold: its length in bytes and its SHA-256 in hexadecimal."""
+    """What a file must hold: its length in bytes and its SHA-256 in hexadecimal, if that is known."""
 
     size: int
-    sha256: str
+    sha256: str | None = None
 
 
 def list_files(source: Path, leave_out: Collection[str] = ()) -> list[Path]:
@@ -90,8 +90,8 @@ def compression(path: Path) -> str:
     return kind
 
 
-def read_files(paths: list[Path]) -> Iterator[bytes]:
-    """The plain bytes of files, one file after the other, in chunks, under one progress bar.
+def read_files(paths: list[Path], *, show: bool = True) -> Iterator[bytes]:
+    """The plain bytes of files, one file after the other, in chunks; `show` draws one progress bar.
 
     Raises:
         ValueError: a file is damaged or cut short.
@@ -99,7 +99,7 @@ def read_files(paths: list[Path]) -> Iterator[bytes]:
         OSError: a file cannot be read. Every message names the file.
     """
     total = sum(path.stat().st_size for path in paths)
-    with tqdm(total=total, desc="reading", unit="B", unit_scale=True, leave=False) as bar:
+    with tqdm(total=total, desc="reading", unit="B", unit_scale=True, leave=False, disable=not show) as bar:
         for path in paths:
             try:
                 kind = compression(path)
@@ -178,7 +178,7 @@ def publish(chunks: Iterable[bytes], target: Path, expected: Expected | None = N
             os.fsync(file.fileno())
         if expected and size != expected.size:
             raise ValueError(f"{size:,} bytes, expected {expected.size:,}")
-        if expected and digest.hexdigest() != expected.sha256:
+        if expected and expected.sha256 and digest.hexdigest() != expected.sha256:
             raise ValueError(f"its sha256 is {digest.hexdigest()}, expected {expected.sha256}")
         partial.replace(target)
     except OSError as error:

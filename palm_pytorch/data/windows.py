@@ -1,11 +1,10 @@
-"""What a run reads of its corpus: splits, training batches and evaluation windows, at byte level.
+"""What a run reads of one running text: splits by position, and training windows at random ones.
 
 Shapes: b sequences (rows), each a window of n + 1 tokens: inputs are `[:, :-1]`, labels `[:, 1:]`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -72,31 +71,6 @@ def train_batch(tokens: np.ndarray, *, seq_len: int, seed: int, step: int, rows:
     # towards early positions is below 1e-7 for any corpus under a terabyte.
     draws = np.random.Philox(key=np.array([seed, step], dtype=np.uint64)).random_raw(max(rows) + 1)
     return _to_tensor(windows[draws[np.asarray(rows)] % np.uint64(len(windows))])
-
-
-def eval_windows(tokens: np.ndarray, *, seq_len: int, max_windows: int | None = None) -> np.ndarray:
-    """Fixed windows of a split to score a model on: `(windows, seq_len + 1)`, a view that takes no memory.
-
-    As many as fit but at most `max_windows`, evenly spread. No byte is a label twice: neighbours share at
-    most the byte that is the last label of one and the first input of the other.
-
-    Raises:
-        ValueError: `tokens` are too few for one window, or `max_windows` is not positive.
-    """
-    windows = _windows(tokens, seq_len)
-    if max_windows is None:
-        return windows[::seq_len]
-    _check_positive("max_windows", max_windows)
-    return windows[:: max(seq_len, len(windows) // max_windows)][:max_windows]
-
-
-def batches(windows: np.ndarray, batch_size: int) -> Iterator[torch.Tensor]:
-    """Windows in order, as int64 tensors `(batch_size, seq_len + 1)`; the last may have fewer rows.
-
-    Rank r of w processes takes `batches(windows[r::w], batch_size)`.
-    """
-    _check_positive("batch_size", batch_size)
-    return (_to_tensor(windows[start : start + batch_size]) for start in range(0, len(windows), batch_size))
 
 
 def encode_bytes(text: str | bytes) -> torch.Tensor:

@@ -16,8 +16,8 @@ from palm_pytorch import PerceiverAR, from_pretrained
 from palm_pytorch.checkpoints import convert as module
 from palm_pytorch.checkpoints import find_tokenizer
 from palm_pytorch.checkpoints.convert import convert
-from palm_pytorch.checkpoints.tokenizer import Tokenizer
 from palm_pytorch.cli import main
+from palm_pytorch.data.tokenizer import Tokenizer, load_tokenizer
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_a_public_checkpoint_gets_its_tokenizer(tmp_path: Path, monkeypatch: pyt
 
     def fetch(repo_id: str) -> Tokenizer:
         asked.append(repo_id)
-        return Tokenizer(tokenizer_of(5, tmp_path / "words.json"))
+        return load_tokenizer(tokenizer_of(5, tmp_path / "words.json"))
 
     def load(repo_id: str, **options: Any) -> PaLM:
         asked.append(repo_id)

@@ -22,7 +22,7 @@ import pytest
 
 from palm_pytorch.data import corpus as corpus_module
 from palm_pytorch.data import streams
-from palm_pytorch.data.corpus import ENWIK8, Published, find_or_download, fingerprint, open_corpus
+from palm_pytorch.data.corpus import ENWIK8, TEXT8, Published, find_or_download, fingerprint, open_corpus
 from palm_pytorch.data.streams import Expected
 
 TEXT = b"".join(b"line %d, which stands for some of Wikipedia\n" % i for i in range(20_000))
@@ -284,7 +284,19 @@ def test_refuses_a_damaged_file_of_a_folder_by_name(tmp_path: Path) -> None:
     assert not list((tmp_path / "data").rglob("*folder*"))
 
 
-@pytest.mark.parametrize("source", ["nowhere", "", "text8", Path("enwik8")])
+def test_text8_is_known_by_its_length_and_letters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = b"".join(b"%c " % letter for letter in range(ord("a"), ord("z") + 1))
+    monkeypatch.setattr(corpus_module, "TEXT8", replace(TEXT8, content=Expected(len(text))))
+    (tmp_path / "text8").write_bytes(text)
+    found = open_corpus("text8", tmp_path)
+    assert found.name == "text8" and bytes(found.tokens) == text
+    for wrong in (text[:-1], text.replace(b"q", b"Q"), text.replace(b"q", b"p")):
+        (tmp_path / "text8").write_bytes(wrong)
+        with pytest.raises(ValueError, match=r"text8 \(.*\) is not text8 \(52 bytes, of 27 different ones\)"):
+            open_corpus("text8", tmp_path)
+
+
+@pytest.mark.parametrize("source", ["nowhere", "", "text9", Path("enwik8")])
 def test_refuses_what_does_not_exist(
     tmp_path: Path, source: str | Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,10 +17,8 @@ from hypothesis import strategies as st
 from palm_pytorch.data.corpus import Corpus
 from palm_pytorch.data.windows import (
     NUM_TOKENS,
-    batches,
     decode_bytes,
     encode_bytes,
-    eval_windows,
     split_corpus,
     train_batch,
 )
@@ -143,32 +141,6 @@ def test_steps_and_seeds_differ() -> None:
     assert len({positions(seed, step) for seed in range(20) for step in range(20)}) == 400
 
 
-@given(length=st.integers(2, 400), data=st.data())
-def test_evaluation_windows(length: int, data: st.DataObject) -> None:
-    seq_len = data.draw(st.integers(1, length - 1))
-    max_windows = data.draw(st.none() | st.integers(1, 50))
-    tokens = np.arange(length)
-    windows = eval_windows(tokens, seq_len=seq_len, max_windows=max_windows)
-    fitting = (length - 1) // seq_len
-    assert windows.shape == (fitting if max_windows is None else min(fitting, max_windows), seq_len + 1)
-    assert (np.diff(windows) == 1).all()
-    labels = windows[:, 1:].ravel()
-    assert len(set(labels)) == len(labels)
-    spacing = np.diff(windows[:, 0])
-    assert (spacing == spacing[:1]).all()
-    # evenly spread: what is left over at the end is less than one window's share
-    assert length - windows[-1, -1] - 1 < max(seq_len, -(-length // len(windows)) + len(windows))
-    assert np.shares_memory(windows, tokens)
-
-
-def test_batches_are_the_windows_in_order() -> None:
-    windows = eval_windows(np.arange(101) % NUM_TOKENS, seq_len=10)
-    found = list(batches(windows, 4))
-    assert [len(batch) for batch in found] == [4, 4, 2]
-    assert all(batch.dtype == torch.int64 for batch in found)
-    assert np.array_equal(torch.cat(found).numpy(), windows)
-
-
 @pytest.mark.parametrize(
     ("call", "complaint"),
     [
@@ -187,9 +159,6 @@ def test_batches_are_the_windows_in_order() -> None:
             lambda: train_batch(np.arange(9), seq_len=2, seed=0, step=0, rows=range(-1, 2)),
             r"rows=range\(-1, 2\)",
         ),
-        (lambda: eval_windows(np.arange(9), seq_len=2, max_windows=0), "max_windows=0"),
-        (lambda: eval_windows(np.arange(2), seq_len=2), "tokens: 2 of them"),
-        (lambda: batches(np.zeros((3, 3)), 0), "batch_size=0"),
         (lambda: split_corpus(corpus_of(100), -1), "seq_len=-1"),
         (lambda: decode_bytes(torch.tensor([256])), "256"),
     ],
