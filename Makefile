@@ -27,7 +27,7 @@ train: .venv/ready
 	$(python) train.py $(ARGS)
 
 test: .venv/ready
-	$(python) -m pytest $(ARGS)
+	$(python) -m pytest -n auto $(ARGS)
 
 lint: .venv/ready-dev
 	$(python) -m ruff check .

@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -31,9 +29,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import palm_pytorch
-from palm_pytorch.training.evaluate import window_loss
+from palm_pytorch.data.batch import Batch
+from palm_pytorch.models.language_model import LanguageModel
+from palm_pytorch.training.evaluate import batch_loss
+from palm_pytorch.training.flops import training_flops
 from palm_pytorch.training.machine import keep_freed_memory, select_device, select_precision
-from palm_pytorch.training.optim import build_optimizer, clip_gradients, set_learning_rate
+from palm_pytorch.training.meter import peak_memory
+from palm_pytorch.training.optim import adamw, set_learning_rate
 
 SIDES = ("plain", "ours")
 SPAWN = multiprocessing.get_context("spawn")
@@ -66,11 +68,7 @@ class Case:
 
     def build(self, package: Any) -> nn.Module:
         """Its model from `palm_pytorch` or `plain`."""
-        names = {"palm": "PaLM", "palm-lite": "PaLMLite", "lamda": "LaMDA", "perceiver-ar": "PerceiverAR"}
-        shape = {name: getattr(self, name) for name in ("num_tokens", "dim", "depth", "heads", "dim_head")}
-        if self.prefix_len:
-            shape |= {"max_seq_len": self.seq_len, "cross_attn_seq_len": self.prefix_len}
-        model: nn.Module = getattr(package, names[self.model])(**shape)
+        model: nn.Module = plain.build(package, self, self.seq_len)
         return model
 
     def quick(self) -> Case:
@@ -103,10 +101,7 @@ class Machine:
 
     def peak_bytes(self) -> int:
         """The most that this process has occupied of the device's memory so far."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return peak_memory(self.device)
 
 
 def build(case: Case, side: str) -> nn.Module:
@@ -130,8 +125,8 @@ def random_windows(case: Case, machine: Machine) -> Tensor:
 @torch.no_grad()
 def loss_difference(case: Case, machine: Machine) -> float:
     """Between the sides' losses of one window, both in float32."""
-    window = random_windows(case, machine)[:1]
-    losses = [window_loss(build(case, side).to(machine.device), window, torch.float32) for side in SIDES]
+    window = Batch.of_windows(random_windows(case, machine)[:1])
+    losses = [batch_loss(build(case, side).to(machine.device), window, torch.float32) for side in SIDES]
     return abs(losses[0] - losses[1]).item()
 
 
@@ -145,14 +140,14 @@ def serve(pipe: Connection, case: Case, side: str, machine: Machine) -> None:
     if side == "ours" and machine.device.type == "cpu":
         keep_freed_memory()  # as train.py does
     model = build(case, side).to(machine.device)
-    optimizer = build_optimizer(model, weight_decay=0.1)
+    optimizer = adamw(model, weight_decay=0.1)
     set_learning_rate(optimizer, 2e-4)
     precision = machine.precision if side == "ours" else torch.float32
-    windows = random_windows(case, machine)
+    batch = Batch.of_windows(random_windows(case, machine))
 
     def step() -> None:
-        window_loss(model, windows, precision).backward()
-        clip_gradients(model.parameters(), 0.5)
+        batch_loss(model, batch, precision).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -235,18 +230,11 @@ def work_per_step(case: Case) -> dict[str, float]:
     """
     with torch.device("meta"):
         model = case.build(palm_pytorch)
-    latents = case.seq_len - case.prefix_len
-    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    # The logits' weight is the embedding's; looking up an embedding is no product.
-    multiplied = latents * (linear + case.num_tokens * case.dim)
-    seen = {"full": case.depth * latents * latents, "causal": case.depth * latents * latents / 2}
-    for layer in getattr(model, "perceive_layers", ()):
-        # Of all layers, only the keys and values of these see the prefix.
-        multiplied += case.prefix_len * layer.attn.to_kv.weight.numel()
-        seen["full"] += latents * case.seq_len
-        seen["causal"] += latents * (case.prefix_len + latents / 2)
-    width = case.heads * case.dim_head
-    return {kind: case.batch * (6 * multiplied + 12 * width * pairs) for kind, pairs in seen.items()}
+    assert isinstance(model, LanguageModel)
+    return {
+        kind: case.batch * training_flops(model, case.seq_len, causal=kind == "causal")
+        for kind in ("full", "causal")
+    }
 
 
 def matmul_rates(machine: Machine, quick: bool) -> list[dict[str, Any]]:

@@ -4,20 +4,40 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, get_args, get_origin, get_type_hints
 
 import torch
 
 from palm_pytorch import __version__
 from palm_pytorch.checkpoints.convert import convert
+from palm_pytorch.data.shards import read_manifest, verify
+from palm_pytorch.data.tokenizer import InvalidBytes
+from palm_pytorch.training.chatting import ChatOptions, chat
 from palm_pytorch.training.config import TrainConfig
+from palm_pytorch.training.evaluation import EvaluateOptions, evaluate_model
+from palm_pytorch.training.faults import TRAINING_FAILED
 from palm_pytorch.training.loop import train
 from palm_pytorch.training.options import option
+from palm_pytorch.training.plot import PlotOptions, plot_runs
+from palm_pytorch.training.preparing import PrepareOptions, prepare_folder
 from palm_pytorch.training.run import prepare
-from palm_pytorch.training.writing import ChatOptions, GenerateOptions, chat, write
+from palm_pytorch.training.tokenizing import TokenizerOptions, decode, encode, train_on
+from palm_pytorch.training.trained import read_any
+from palm_pytorch.training.writing import GenerateOptions, write
+
+REFUSALS = (
+    ValueError,
+    TypeError,
+    OSError,
+    ModuleNotFoundError,
+)  # of options, files and what is not installed
+
+P = ParamSpec("P")
 
 
 def add_options(parser: argparse.ArgumentParser, options: type) -> None:
@@ -57,16 +77,45 @@ def default_text(spec: Field[Any]) -> str:
 
 
 def train_command(**given: Any) -> int:
-    """Train. The exit status is 0, or 128 plus the number of the signal that stopped the run."""
+    """Train. The exit status is 0, 2, 3 or 128 plus a signal's number, as `training.faults` has them."""
     try:
         run = prepare(**given)
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+    except REFUSALS as error:
         return fail(error)
     try:
         outcome = train(run)
-    except FloatingPointError as error:
-        return fail(error)
+    except (FloatingPointError, OSError) as error:
+        return fail(error, TRAINING_FAILED)
+    finally:
+        run.close()
     return 128 + outcome.stopped_by if outcome.stopped_by else 0
+
+
+def refusing(command: Callable[P, None]) -> Callable[P, int]:
+    """`command` as a function that returns its exit status: 0, or 2 where it refuses what it was given."""
+
+    def run(*args: P.args, **given: P.kwargs) -> int:
+        try:
+            command(*args, **given)
+        except REFUSALS as error:
+            return fail(error)
+        return 0
+
+    return run
+
+
+@refusing
+def prepare_data_command(source: str, folder: str, **given: Any) -> None:
+    """Make tokens of a corpus."""
+    print(f"{folder}: {prepare_folder(source, folder, PrepareOptions(**given))}")
+
+
+@refusing
+def verify_data_command(folder: str) -> None:
+    """Check every file of prepared data."""
+    manifest = read_manifest(Path(folder))
+    verify(Path(folder), manifest)
+    print(f"{folder}: {manifest}; all files are whole")
 
 
 @dataclass(kw_only=True)
@@ -93,43 +142,98 @@ class ConvertOptions:
     final_norm: bool = option("model", "whether logits are read off a normed stream")
 
 
-def convert_command(source: str, folder: str, **given: Any) -> int:
-    """Write weights of another format into a folder of this library's. The exit status is 0."""
+@refusing
+def convert_command(source: str, folder: str, **given: Any) -> None:
+    """Write weights of another format into a folder of this library's."""
     if "dtype" in given:
         given["dtype"] = getattr(torch, given["dtype"])
-    try:
-        model = convert(source, folder, **given)
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        return fail(error)
+    model = convert(source, folder, read=read_any, **given)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{folder}: a {type(model).__name__} of {parameters:,} parameters")
-    return 0
 
 
-def generate_command(**given: Any) -> int:
-    """Write text. The exit status is 0."""
-    try:
-        write(GenerateOptions(**given))
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        return fail(error)
-    return 0
+@refusing
+def generate_command(**given: Any) -> None:
+    """Write text."""
+    write(GenerateOptions(**given))
 
 
-def chat_command(**given: Any) -> int:
-    """Talk until the input ends. The exit status is 0."""
-    try:
-        chat(ChatOptions(**given))
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        return fail(error)
-    return 0
+@refusing
+def chat_command(**given: Any) -> None:
+    """Talk until the input ends."""
+    chat(ChatOptions(**given))
 
 
-def fail(error: Exception) -> int:
-    """Say what is wrong, without a traceback unless Python runs in development mode (-X dev)."""
+@refusing
+def train_tokenizer_command(sources: list[str], **given: Any) -> None:
+    """Train a tokenizer."""
+    options = TokenizerOptions(**given)
+    print(f"{options.out}: {train_on(sources, options)}")
+
+
+@refusing
+def encode_command(tokenizer: str, invalid_bytes: InvalidBytes) -> None:
+    """Show the tokens of a text."""
+    encode(tokenizer, invalid_bytes)
+
+
+@refusing
+def decode_command(tokenizer: str) -> None:
+    """Show the text of tokens."""
+    decode(tokenizer)
+
+
+@refusing
+def evaluate_command(source: str, **given: Any) -> None:
+    """Score a model on a whole split."""
+    evaluate_model(source, EvaluateOptions(**given))
+
+
+@refusing
+def plot_command(runs: list[str], **given: Any) -> None:
+    """Draw the metrics of runs into one picture."""
+    print(plot_runs(runs, PlotOptions(**given)))
+
+
+def fail(error: Exception, status: int = 2) -> int:
+    """Say what is wrong, without a traceback unless Python runs in development mode (-X dev).
+
+    Of the processes that torchrun has started on a machine one says it: what refuses a run is common to all.
+    """
     if sys.flags.dev_mode:
         raise error
-    print(f"palm: error: {error}", file=sys.stderr)
-    return 2
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"palm: error: {error}", file=sys.stderr)
+    return status
+
+
+def add_data_commands(commands: Any) -> None:
+    data = commands.add_parser("data", help="make corpora ready to train on", allow_abbrev=False)
+    verbs = data.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    preparer = verbs.add_parser("prepare", help="make tokens of a corpus, once", allow_abbrev=False)
+    preparer.set_defaults(command=prepare_data_command)
+    preparer.add_argument("source", help="as --data of palm train has it")
+    preparer.add_argument("folder", help="where to; new, or left by a preparation that was stopped")
+    add_options(preparer, PrepareOptions)
+    verifier = verbs.add_parser("verify", help="check all files of prepared data", allow_abbrev=False)
+    verifier.set_defaults(command=verify_data_command)
+    verifier.add_argument("folder", help="of palm data prepare")
+
+
+def add_tokenizer_commands(commands: Any) -> None:
+    tokenizer = commands.add_parser("tokenizer", help="train a tokenizer, or look at one", allow_abbrev=False)
+    verbs = tokenizer.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    maker = verbs.add_parser("train", help="make a SentencePiece tokenizer of a text", allow_abbrev=False)
+    maker.set_defaults(command=train_tokenizer_command)
+    maker.add_argument("sources", nargs="+", metavar="SOURCE", help="as --data of palm train has it")
+    add_options(maker, TokenizerOptions)
+    encoder = verbs.add_parser("encode", help="print the tokens of standard input", allow_abbrev=False)
+    encoder.set_defaults(command=encode_command)
+    encoder.add_argument("--invalid-bytes", choices=get_args(InvalidBytes), default="keep")
+    decoder = verbs.add_parser("decode", help="write the text of tokens, as bytes", allow_abbrev=False)
+    decoder.set_defaults(command=decode_command)
+    for verb in (encoder, decoder):
+        verb.add_argument("tokenizer", help="'bytes', or its file")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -143,12 +247,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     writer = commands.add_parser("generate", help="write text with a trained model", allow_abbrev=False)
     writer.set_defaults(command=generate_command)
     add_options(writer, GenerateOptions)
-    talker = commands.add_parser("chat", help="talk with a trained LaMDA", allow_abbrev=False)
+    talker = commands.add_parser("chat", help="talk with a trained model", allow_abbrev=False)
     talker.set_defaults(command=chat_command)
     add_options(talker, ChatOptions)
+    scorer = commands.add_parser("evaluate", help="score a model on a whole split", allow_abbrev=False)
+    scorer.set_defaults(command=evaluate_command)
+    scorer.add_argument(
+        "source",
+        metavar="MODEL",
+        help="a run's folder (its newest checkpoint), RUN/best, one of its checkpoints, 'auto' (the newest "
+        "run), or what `palm convert` takes",
+    )
+    add_options(scorer, EvaluateOptions)
+    plotter = commands.add_parser("plot", help="compare runs in one picture", allow_abbrev=False)
+    plotter.set_defaults(command=plot_command)
+    plotter.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
+    add_options(plotter, PlotOptions)
+    add_data_commands(commands)
+    add_tokenizer_commands(commands)
     converter = commands.add_parser("convert", help="bring weights over from elsewhere", allow_abbrev=False)
     converter.set_defaults(command=convert_command)
-    converter.add_argument("source", help="a file of an older project, a saved model's folder, or a hub id")
+    converter.add_argument("source", help="an older project's file, a saved model, a hub id, or a run")
     converter.add_argument("folder", help="where to; new or empty")
     add_options(converter, ConvertOptions)
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from palm_pytorch import PaLM, PerceiverAR, from_pretrained
-from palm_pytorch.checkpoints import Tokenizer
 from palm_pytorch.checkpoints.reference.layout import Layout, count_blocks, expand
 from palm_pytorch.checkpoints.reference.parallel import PALM
 from palm_pytorch.checkpoints.reference.sequential import PERCEIVER_AR, keys_and_values
 from palm_pytorch.cli import main
+from palm_pytorch.data.tokenizer import load_tokenizer
 from palm_pytorch.models.language_model import LanguageModel
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -51,7 +51,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     words.save("words.json")
     monkeypatch.setattr("palm_pytorch.checkpoints.pretrained.load_from_hub", lambda *_, **__: palm)
-    monkeypatch.setattr("palm_pytorch.checkpoints.convert.fetch_tokenizer", lambda _: Tokenizer("words.json"))
+    monkeypatch.setattr(
+        "palm_pytorch.checkpoints.convert.fetch_tokenizer", lambda _: load_tokenizer("words.json")
+    )
 
 
 def test_there_are_blocks() -> None:

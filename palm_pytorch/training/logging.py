@@ -1,9 +1,13 @@
-"""A run's metrics: one JSON object a line in `metrics.jsonl`, and their plot.
+"""A run's metrics: one JSON object a line in `metrics.jsonl`, and to what else they are sent.
 
-Every row has `step` (optimizer steps done), `split` ("train", "valid" or "test"), `loss` (nats per predicted
+A row has `step` (optimizer steps done), `split` ("train", "valid" or "test"), `loss` (nats per predicted
 token), `bits_per_byte`, `tokens` (input tokens that training has read so far; Perceiver AR's prefix counts,
-though it is not predicted) and `tokens_per_second` (read in this row's step or evaluation). A row of "train"
-is of one step, and has `learning_rate` and, before clipping, `grad_norm` too.
+though it is not predicted), `seconds` (that its steps took) and `tokens_per_second` (read in this row's step
+or evaluation). A row of "train" is of one step, and has `learning_rate`, `grad_norm` (before clipping),
+`memory_bytes` and, where the device's rate is known, `mfu` too.
+
+What happened otherwise has a row with `event` in place of `split`: "skip", "rollback", "resume",
+"checkpoint-damaged", "checkpoint-failed", "spike" (with no checkpoint to go back to).
 """
 
 from __future__ import annotations
@@ -11,86 +15,111 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
-
-from palm_pytorch.training.checkpoint import TrainState
 from palm_pytorch.training.evaluate import bits_per_byte
+from palm_pytorch.training.manifest import write_durably
+from palm_pytorch.training.meter import Meter
 
 Row = dict[str, Any]
 
+# Of the machine and the hour: all else in a row is a function of the run's options and its data.
+MEASURED = ("seconds", "tokens_per_second", "memory_bytes", "mfu")
+
+
+class Progress(Protocol):
+    """The part of `TrainState` that every row tells."""
+
+    step: int
+    tokens: int
+    seconds: float
+
+
+class Sink(Protocol):
+    """Something else that is sent every new row."""
+
+    def write(self, row: Row) -> None: ...
+
+    def close(self) -> None: ...
+
 
 class MetricsLog:
-    """A run's metrics file, opened with the rows of `history` and then added to."""
+    """A run's metrics file, opened with the rows of `history` and then added to; `rows` counts them all.
 
-    def __init__(self, path: Path, history: Sequence[Row] = ()) -> None:
-        partial = path.with_suffix(".partial")  # a process killed here leaves the old file whole
-        partial.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
-        self._file = open(partial.replace(path), "a", encoding="utf-8")  # noqa: SIM115, see __exit__
+    path: None keeps no file, as of processes other than the main one.
+    sinks: what else gets each new row; they are closed with the file.
+    meter: adds to each row of "train" what the step took of the machine.
+    bytes_per_token: of text, for `bits_per_byte`; a row can be given its own `bits_per_byte`.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        history: Sequence[Row] = (),
+        *,
+        sinks: Sequence[Sink] = (),
+        meter: Meter | None = None,
+        bytes_per_token: float = 1.0,
+    ) -> None:
+        self.rows, self._file = len(history), None
+        if path is not None:
+            # A process that is killed here, or a machine that fails, leaves the old file whole.
+            text = "".join(json.dumps(row) + "\n" for row in history)
+            write_durably(path, text)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, see close
+        self._sinks, self._meter, self._bytes_per_token = sinks, meter, bytes_per_token
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        self.close()
 
-    def add(
-        self, split: str, state: TrainState, loss: float, tokens_per_second: float, **more: float
-    ) -> None:
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def add(self, split: str, state: Progress, loss: float, tokens_per_second: float, **more: float) -> None:
         """Write the row of a `loss` at `state`, and hand it to the operating system at once."""
-        row = {"step": state.step, "split": split, "loss": loss, "bits_per_byte": bits_per_byte(loss)}
-        row |= {"tokens": state.tokens, "tokens_per_second": round(tokens_per_second, 1), **more}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        bits = self.bits_per_byte(loss)
+        row = {"step": state.step, "split": split, "loss": loss, "bits_per_byte": bits}
+        row |= {"tokens": state.tokens, "seconds": round(state.seconds, 3)}
+        row |= {"tokens_per_second": round(tokens_per_second, 1)}
+        if split == "train" and self._meter is not None:
+            row |= self._meter.read(tokens_per_second)
+        self._write(row | more)
+
+    def bits_per_byte(self, loss: float) -> float:
+        return bits_per_byte(loss, self._bytes_per_token)
+
+    def event(self, kind: str, state: Progress, **more: Any) -> None:
+        """Write that something happened at `state`, with what is to be known of it."""
+        self._write({"step": state.step, "event": kind, "tokens": state.tokens, **more})
+
+    def _write(self, row: Row) -> None:
+        self.rows += 1
+        if self._file is not None:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        for sink in self._sinks:
+            sink.write(row)
 
 
-def read_metrics(path: Path) -> list[Row]:
+def read_metrics(path: Path, most: int | None = None) -> list[Row]:
     """The rows of a metrics file, without a last line that a killed process did not finish.
+
+    most: how many are wanted, of the first; what comes after them is not looked at.
 
     Raises:
         ValueError: a line is no JSON.
     """
     *lines, _unfinished = path.read_text(encoding="utf-8").split("\n")
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines[:most], start=1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise ValueError(f"line {number} of {path} is no JSON: {line[:80]!r}") from error
     return rows
-
-
-def plot_metrics(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draw bits per byte over training tokens, of every split in `rows`, to a PNG.
-
-    Training steps are drawn as they are, faintly, and as means over a hundredth of them.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    styles: dict[str, dict[str, Any]] = {
-        "train": {"color": "tab:blue"},
-        "valid": {"color": "tab:orange", "marker": "."},
-        "test": {"color": "tab:green", "marker": "*", "markersize": 12, "linestyle": ""},
-    }
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for split, style in styles.items():
-        points = np.array(
-            [(row["tokens"] / 1e6, row["bits_per_byte"]) for row in rows if row["split"] == split]
-        )
-        if split == "train" and len(points):
-            axes.plot(*points.T, linewidth=0.5, alpha=0.3, **style)
-            points = np.array([part.mean(axis=0) for part in np.array_split(points, min(100, len(points)))])
-        if len(points):
-            axes.plot(*points.T, label=f"{split} (last: {points[-1][1]:.3f})", **style)
-    axes.set(title=title, xlabel="training tokens, in millions", ylabel="bits per byte")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-import math
-import os
 import signal
-import sys
-import textwrap
 import time
+from contextlib import suppress
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
-from palm_pytorch import AutoregressiveWrapper
-from palm_pytorch.data.windows import batches, decode_bytes, eval_windows, train_batch
-from palm_pytorch.training.checkpoint import save_checkpoint
-from palm_pytorch.training.evaluate import autocast, bits_per_byte, evaluate, window_loss
-from palm_pytorch.training.logging import MetricsLog, plot_metrics, read_metrics
-from palm_pytorch.training.optim import clip_gradients, learning_rate, set_learning_rate
-from palm_pytorch.training.run import Run
+from palm_pytorch.training.checkpoint import Source, complete_checkpoints, step_of
+from palm_pytorch.training.faults import (
+    MOST_ROLLBACKS,
+    MOST_SKIPPED_STEPS,
+    SPIKE_WINDOW,
+    Stopped,
+    StopRequest,
+    is_spike,
+)
+from palm_pytorch.training.loader import Loader
+from palm_pytorch.training.manifest import DamagedError
+from palm_pytorch.training.observe import (
+    export_model,
+    open_log,
+    progress_bar,
+    report,
+    score,
+    write_sample,
+)
+from palm_pytorch.training.run import Run, read_history
+from palm_pytorch.training.schedule import batch_size_at, batches_at
+from palm_pytorch.training.state import next_batch, seed_step
+from palm_pytorch.training.step import Step, train_step
 
 
 @dataclass(frozen=True)
@@ -33,173 +42,198 @@ class Outcome:
 
 
 def train(run: Run) -> Outcome:
-    """Train to the last of `config.steps`; SIGINT or SIGTERM end it sooner, after the step under way.
+    """Train to the last of `config.steps`; a signal ends it sooner, with a checkpoint after the step it met.
 
     Raises:
-        FloatingPointError: the loss or its gradient is not finite. The weights have not been updated with it.
-        KeyboardInterrupt: a second signal came before the first was obeyed.
+        FloatingPointError: loss or gradient were not finite, or too high, too often.
+        OSError: nothing can be written any more; what was written stays.
+        KeyboardInterrupt: Ctrl-C came after a first signal.
     """
-    config, state = run.config, run.state
-    print(run)
-    with MetricsLog(run.metrics_file, run.history) as metrics:
-        with StopRequest() as stop, progress_bar(run) as bar:
-            for step in range(state.step, config.steps):
-                started = time.perf_counter()
-                rate, loss, norm = train_step(run, step)
-                seconds = time.perf_counter() - started
-
-                state.advance(config.tokens_per_step, seconds)
-                speed = config.tokens_per_step / seconds
-                metrics.add("train", state, loss, speed, learning_rate=rate, grad_norm=norm)
-                bar.set_postfix_str(
-                    f"loss {loss:.3f}, bpb {bits_per_byte(loss):.3f}, {speed:,.0f} tokens/s", False
-                )
-                bar.update()
-
-                last = state.step == config.steps
-                if last or is_due(config.eval_every, state.step):
-                    bits = score(run, "valid", metrics)
-                    bar.write(f"step {state.step:,}: {bits:.4f} bits per byte of validation text")
-                if is_due(config.generate_every, state.step):
-                    bar.write(write_sample(run))
-                stopping = stop.signal is not None
-                if last or stopping or is_due(config.save_every, state.step):
-                    save_checkpoint(state, run.folder, keep=config.keep)
-                if stopping:
-                    break
-        outcome = Outcome(stop.signal, None if stop.signal else score(run, "test", metrics))
-    print(report(run, outcome))
-    return outcome
+    run.say(str(run))
+    with StopRequest(run.parallel) as stop, progress_bar(run) as bar:
+        trainer = Trainer(run, stop, bar)
+        try:
+            return trainer.train()
+        except Exception:
+            run.saver.finish()
+            raise
+        finally:
+            trainer.close()
 
 
-def train_step(run: Run, step: int) -> tuple[float, float, float]:
-    """One optimizer step: its learning rate, its loss, and the norm of its gradient before clipping."""
-    config, state = run.config, run.state
-    rate = learning_rate(
-        step,
-        peak=config.lr,
-        floor=config.min_lr,
-        warmup_steps=config.warmup_steps,
-        total_steps=config.schedule_steps,
-    )
-    set_learning_rate(state.optimizer, rate)
-    loss = accumulate_gradients(run, step)
-    norm = clip_gradients(state.model.parameters(), config.grad_clip).item()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise FloatingPointError(
-            f"step {step}: the loss is {loss} and the norm of its gradient {norm}. A lower --lr, more "
-            f"--warmup-steps or --precision float32 may help. The checkpoints in {run.folder} are from before"
+class Trainer:
+    """A run under way: what it reads from and writes to."""
+
+    def __init__(self, run: Run, stop: StopRequest, bar: Any) -> None:
+        self.run, self.stop, self.bar = run, stop, bar
+        self.loader = Loader(run.data, run.config, run.parallel)
+        self.metrics = open_log(run, run.history)
+        for kind, details in run.events:
+            self.metrics.event(kind, run.state, **details)
+
+    def close(self) -> None:
+        self.loader.close()
+        self.metrics.close()
+
+    def train(self) -> Outcome:
+        run, state = self.run, self.run.state
+        self.loader.seek(state)
+        while True:
+            stopping = self.follow_up()
+            last = state.step == run.config.steps
+            if last or stopping or self.save_is_due():
+                self.save()
+            if last or stopping:
+                break
+            self.take_step()
+        self.settle(run.saver.wait(), last=True)
+        bits = None
+        if not stopping:
+            try:
+                _, bits = score(run, "test", self.metrics, self.stop)
+                export_model(run)
+            except Stopped:
+                pass
+        if run.parallel.is_main:
+            self.bar.close()
+            print(report(run, bits))
+        return Outcome(None if bits is not None else self.stop.agreed(), bits)
+
+    def take_step(self) -> None:
+        """One step of the run, or the way back from a spike."""
+        run, config, state = self.run, self.run.config, self.run.state
+        started = time.perf_counter()
+        batches = self.loader.read()
+        seed_step(config.seed, state.step, run.parallel.data_rank)
+        step = train_step(run, batches)
+        seconds = time.perf_counter() - started
+
+        if is_spike(step.loss, state.recent_losses, config.spike_factor) and self.roll_back(step.loss):
+            return
+        tokens = batch_size_at(state.step, config) * config.seq_len
+        state.advance(tokens, seconds, batches_at(state.step, config))
+        speed = tokens / seconds
+        if step.updated:
+            state.skipped_in_a_row = 0
+            if config.spike_factor:
+                state.recent_losses = [*state.recent_losses, step.loss][-SPIKE_WINDOW:]
+            self.metrics.add(
+                "train", state, step.loss, speed, learning_rate=step.learning_rate, grad_norm=step.grad_norm
+            )
+        else:
+            self.skip(step)
+        last = state.step == config.steps
+        if last or is_due(config.eval_every, state.step):
+            state.due.append("valid")
+        if is_due(config.generate_every, state.step):
+            state.due.append("sample")
+        bits = self.metrics.bits_per_byte(step.loss)
+        told = f"loss {step.loss:.3f}, bpb {bits:.3f}, {speed:,.0f} tokens/s"
+        self.bar.set_postfix_str(told, False)
+        self.bar.update()
+
+    def skip(self, step: Step) -> None:
+        """Count a step without an update; give up after too many in a row."""
+        state = self.run.state
+        state.skipped_steps += 1
+        state.skipped_in_a_row += 1
+        # As text, for JSON knows no such numbers.
+        self.metrics.event("skip", state, loss=str(step.loss), grad_norm=str(step.grad_norm))
+        if state.skipped_in_a_row >= MOST_SKIPPED_STEPS:
+            raise FloatingPointError(
+                f"step {state.step}: the loss is {step.loss} and the norm of its gradient {step.grad_norm}; "
+                f"of {state.skipped_in_a_row} steps in a row none could be taken. A lower --lr, more "
+                "--warmup-steps or --precision float32 may help. The checkpoints in "
+                f"{self.run.folder} are from before"
+            )
+
+    def follow_up(self) -> bool:
+        """Score and sample as is due; returns whether the run is to stop, which cuts them short."""
+        run, state = self.run, self.run.state
+        try:
+            while state.due:
+                self.stop.check()
+                if state.due[0] == "valid":
+                    loss, bits = score(run, "valid", self.metrics, self.stop)
+                    if state.best_loss is None or loss < state.best_loss:
+                        state.best_step, state.best_loss = state.step, loss
+                    self.tell(f"step {state.step:,}: {bits:.4f} bits per byte of validation text")
+                else:
+                    self.tell(write_sample(run, self.stop))
+                state.due.pop(0)
+        except Stopped:
+            return True
+        return self.stop.agreed() is not None
+
+    def save_is_due(self) -> bool:
+        state = self.run.state
+        return state.step > 0 and (
+            is_due(self.run.config.save_every, state.step) or state.best_step == state.step
         )
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    return rate, loss, norm
 
+    def save(self) -> None:
+        """Begin a checkpoint, in the background."""
+        self.run.state.metrics_rows = self.metrics.rows
+        self.settle(self.run.saver.save(self.run.state))
 
-def accumulate_gradients(run: Run, step: int) -> float:
-    """Leave in the parameters the gradient of the mean loss over all slices of a step; returns that loss."""
-    config, model, device = run.config, run.state.model, run.state.device
-    model.train()
-    mean = torch.zeros((), device=device)
-    for part in range(config.grad_accum):
-        rows = range(part * config.batch_size, (part + 1) * config.batch_size)
-        windows = train_batch(
-            run.splits.train, seq_len=config.seq_len, seed=config.seed, step=step, rows=rows
-        )
-        loss = window_loss(model, windows.to(device), run.precision) / config.grad_accum
-        loss.backward()
-        mean += loss.detach()
-    return mean.item()
+    def settle(self, failure: OSError | None, *, last: bool = False) -> None:
+        """Tell of a checkpoint that could not be written; the run goes on, unless it was the last."""
+        if failure is None:
+            return
+        self.metrics.event("checkpoint-failed", self.run.state, error=str(failure))
+        if last:
+            raise failure
+        self.tell(f"{failure}\nThe run goes on; the checkpoints before are as they were")
+
+    def roll_back(self, loss: float) -> bool:
+        """Go back to before a spike, and pass over the batches around it (PaLM, section 5.1).
+
+        Returns whether there was a checkpoint to go back to. The rows since then leave the metrics, and the
+        later checkpoints the folder: the run is now one that never took these steps.
+        """
+        run, config, state = self.run, self.run.config, self.run.state
+        if state.rollbacks >= MOST_ROLLBACKS:
+            raise FloatingPointError(
+                f"step {state.step}: the loss is {loss}, above spike_factor={config.spike_factor} times the "
+                f"median before, after {state.rollbacks} times of going back; a lower --lr may help"
+            )
+        self.settle(run.saver.wait())
+        folder = None
+        if run.parallel.is_main:
+            before = state.step - config.spike_rewind
+            early = [path for path in complete_checkpoints(run.folder) if step_of(path) <= before]
+            with suppress(DamagedError):
+                folder, _ = Source(run.folder, early).choose()
+        folder = run.parallel.from_main(folder)
+        details: dict[str, Any] = {"spike_step": state.step + 1, "spike_loss": loss}
+        told = f"step {state.step + 1:,}: the loss is {loss:.3f}"
+        if folder is None:
+            self.metrics.event("spike", state, **details)
+            self.tell(f"{told}, and no checkpoint is old enough to go back to")
+            return False
+        batches = batches_at(state.step, config)  # in a step
+        first = max(0, state.batch_index - config.spike_rewind * batches)
+        passed_over = [*state.passed_over, [first, first + config.spike_skip * batches]]
+        rollbacks = state.rollbacks + 1
+        run.saver.load(folder, state)
+        state.rollbacks, state.passed_over = rollbacks, passed_over
+        state.batch_index = next_batch(state.batch_index, passed_over)
+        run.saver.remove_after(state.step)
+
+        self.metrics.close()
+        self.metrics = open_log(run, read_history(run.folder, state.metrics_rows))
+        self.metrics.event("rollback", state, **details, passed_over=passed_over[-1])
+        self.loader.seek(state)
+        self.tell(f"{told}; back to step {state.step:,}")
+        self.bar.n = state.step
+        self.bar.refresh()
+        return True
+
+    def tell(self, text: str) -> None:
+        """Print above the progress bar, once for all processes."""
+        if self.run.parallel.is_main:
+            self.bar.write(text)
 
 
 def is_due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
-
-
-class StopRequest:
-    """While entered, a first SIGINT or SIGTERM is kept in `signal`, and a second raises KeyboardInterrupt."""
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-
-    def __enter__(self) -> StopRequest:
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self._before = {number: signal.signal(number, self._receive) for number in numbers}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
-        # Not by print, in the middle of which the signal may have come.
-        os.write(2, f"\n{self.signal.name}: stopping after this step; once more stops at once\n".encode())
-
-
-def score(run: Run, split: str, metrics: MetricsLog) -> float:
-    """Bits per byte on the fixed windows of the "valid" or "test" split; adds them to the metrics."""
-    config = run.config
-    tokens, limit = {
-        "valid": (run.splits.valid, config.eval_windows),
-        "test": (run.splits.test, config.test_windows),
-    }[split]
-    windows = eval_windows(tokens, seq_len=config.seq_len, max_windows=limit)
-    started = time.perf_counter()
-    loss = evaluate(run.state.model, batches(windows, config.batch_size), run.precision)
-    speed = len(windows) * config.seq_len / (time.perf_counter() - started)
-    metrics.add(split, run.state, loss, speed)
-    return bits_per_byte(loss)
-
-
-def write_sample(run: Run) -> str:
-    """How the model continues the start of the validation text, which is also kept in the run's folder.
-
-    It depends on weights, seed and step alone, and leaves the random streams as they are.
-    """
-    config, state = run.config, run.state
-    prompt = torch.tensor(run.splits.valid[: config.prompt_len], dtype=torch.long)
-    gpus = [state.device] if state.device.type == "cuda" else []
-    with torch.random.fork_rng(gpus), autocast(run.precision, state.device):
-        torch.manual_seed(config.seed + state.step)
-        writer = AutoregressiveWrapper(state.model, max_seq_len=config.seq_len)
-        written = writer.generate(prompt[None].to(state.device), config.generate_length)[0].cpu()
-    text = (
-        f"---- step {state.step:,}, after a text that ends in\n{quoted(prompt[-100:])}\n"
-        f"---- the model writes\n{quoted(written)}\n----"
-    )
-    file = run.folder / "samples" / f"step-{state.step:08d}.txt"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(text + "\n", encoding="utf-8")
-    return text
-
-
-def quoted(tokens: torch.Tensor) -> str:
-    """Bytes as indented text. An untrained model writes control characters, which a terminal would obey."""
-    text = decode_bytes(tokens)
-    shown = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return textwrap.indent(shown, "| ", lambda line: True)
-
-
-def progress_bar(run: Run) -> Any:
-    """A bar over the steps, drawn often on a terminal and seldom into a log."""
-    seconds = 0.2 if sys.stderr.isatty() else 30
-    steps = {"total": run.config.steps, "initial": run.state.step, "unit": "step"}
-    return tqdm(**steps, dynamic_ncols=True, mininterval=seconds, maxinterval=seconds)
-
-
-def report(run: Run, outcome: Outcome) -> str:
-    """How training ended and where its results are. Draws the plot that is one of them."""
-    plot = run.folder / "loss.png"
-    try:
-        plot_metrics(read_metrics(run.metrics_file), plot, title=f"{run.config.model} on {run.corpus.name}")
-        drawn = str(plot)
-    except ModuleNotFoundError as error:
-        drawn = f"not drawn ({error}): pip install 'palm_pytorch[train]'"
-    if outcome.test_bits_per_byte is None:
-        ending = f"resume  {run.resume_command()}"
-    else:
-        ending = f"test    {outcome.test_bits_per_byte:.4f} bits per byte"
-    done = f"{run.state.step:,} steps in {run.state.seconds:,.0f} s"
-    return f"run     {run.folder}: {done}\nplot    {drawn}\n{ending}"

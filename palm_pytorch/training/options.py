@@ -19,6 +19,7 @@ POSITIVE = Rule("a finite number above 0", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Rule("a finite number, 0 or more", lambda value: 0 <= value < math.inf)
 SEED = Rule("a number from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
 FRACTION = Rule("a number from 0 up to, but not including, 1", lambda value: 0 <= value < 1)
+SHARE = Rule("a number from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 def option(group: str, help: str, rule: Rule | None = None, **details: Any) -> Any:

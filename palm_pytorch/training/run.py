@@ -5,40 +5,52 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from palm_pytorch import LaMDA, PaLM, PaLMLite, PerceiverAR
-from palm_pytorch.data.corpus import Corpus, open_corpus
-from palm_pytorch.data.windows import NUM_TOKENS, Splits, split_corpus
-from palm_pytorch.training.checkpoint import (
-    TrainState,
-    check_same_model,
-    complete_checkpoints,
-    find_checkpoint,
-    load_checkpoint,
-    seed_everything,
-)
+from palm_pytorch.data.batch import Dataset
+from palm_pytorch.data.dialog_dataset import DialogDataset
+from palm_pytorch.data.opening import open_dataset
+from palm_pytorch.data.tokenizer import Tokenizer, load_tokenizer, stored_tokenizer
+from palm_pytorch.training.architecture import build_model
+from palm_pytorch.training.checkpoint import Source, check_same_data, check_same_model, read_about
 from palm_pytorch.training.config import TrainConfig
+from palm_pytorch.training.distributed import Parallel, parallelize, start
+from palm_pytorch.training.initial_weights import InitialWeights
 from palm_pytorch.training.logging import Row, read_metrics
 from palm_pytorch.training.machine import keep_freed_memory, select_device, select_precision
+from palm_pytorch.training.manifest import DamagedError, write_durably
 from palm_pytorch.training.optim import build_optimizer
+from palm_pytorch.training.rendezvous import restarted
+from palm_pytorch.training.run_folder import FolderLock, check_folder, is_same, set_aside
+from palm_pytorch.training.saver import Saver, clear_leftovers
+from palm_pytorch.training.sinks import check_sinks
+from palm_pytorch.training.state import TrainState, compute_reproducibly
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    """A run that is ready to train. Only `state` changes; `history` is the metrics of the steps done."""
+    """A run that is ready to train, seen from one of its processes. Training changes `state` alone.
+
+    network: what a training step calls: the model, or what shares its work out (see `parallelize`).
+    history: the rows of its metrics so far.
+    events: what is to be added to them first, as kind and details.
+    """
 
     config: TrainConfig
-    corpus: Corpus
-    splits: Splits
+    data: Dataset
     precision: torch.dtype
+    parallel: Parallel
     state: TrainState
+    network: nn.Module
+    saver: Saver
     history: list[Row]
+    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    lock: FolderLock | None = None
 
     @property
     def folder(self) -> Path:
@@ -52,15 +64,15 @@ class Run:
         """What is about to happen, for people."""
         config, state = self.config, self.state
         parameters = sum(parameter.numel() for parameter in state.model.parameters())
-        sizes = ", ".join(f"{name} {len(part):,}" for name, part in self.splits._asdict().items())
         threads = f" with {torch.get_num_threads()} threads" if state.device.type == "cpu" else ""
         return (
             f"model   {config.model}: dim {config.dim}, depth {config.depth}, {config.heads} heads of "
             f"{config.dim_head}; {parameters:,} parameters\n"
-            f"data    {self.corpus.name}: {self.corpus.origin}; bytes to {sizes}\n"
+            f"data    {self.data}\n"
             f"device  {state.device}{threads}, {str(self.precision).removeprefix('torch.')}\n"
             f"steps   {state.step:,} of {config.steps:,} done; one is {config.tokens_per_step:,} tokens: "
-            f"{config.grad_accum} x {config.batch_size} sequences of {config.seq_len}\n"
+            f"{config.grad_accum} x {config.batch_size} sequences of {config.seq_len}"
+            f"{f', times {config.batch_ramp}' if config.batch_ramp else ''}\n"
             f"run     {self.folder}"
         )
 
@@ -70,84 +82,183 @@ class Run:
         command = [sys.executable, str(script)] if script.suffix == ".py" else ["palm", "train"]
         return shlex.join([*command, "--resume", self.config.out])
 
+    def say(self, text: str) -> None:
+        """Print, once for all processes."""
+        if self.parallel.is_main:
+            print(text)
+
+    def close(self) -> None:
+        """Let others use the folder, and leave the process group. Nothing can be trained after that."""
+        if self.lock is not None:
+            self.lock.release()
+        parallel = self.parallel
+        # FSDP's and DDP's own must be gone before their process group is.
+        del self.state, self.network, self.saver
+        parallel.stop()
+
 
 def prepare(**given: Any) -> Run:
     """Build the run that the `given` options of `TrainConfig` ask for, or the one that they resume.
 
-    What can be refused is refused here, before anything is written.
+    What can be refused is refused here, before anything is written. A damaged checkpoint is passed over for
+    the one before it, unless it was named.
 
     Raises:
         TypeError, ValueError, OSError, ModuleNotFoundError: an option, the corpus, the checkpoint or the
-            folder is not what it must be.
+            folder is not what it must be, or another process is training in the folder.
     """
-    checkpoint = find_checkpoint(given["resume"], given.get("out")) if given.get("resume") else None
-    if checkpoint is None:
-        config, saved, history = TrainConfig.for_machine(**given), None, []
+    if given.get("init") and given.get("resume"):
+        raise ValueError(f"init is {given['init']!r} and resume {given['resume']!r}; expected one of them")
+    given = restarted(given)
+    source = Source.find(given["resume"], given.get("out")) if given.get("resume") else None
+    weights, tokenizer = None, None
+    if source is None:
+        if given.get("init"):
+            weights = InitialWeights.read(given["init"], given)
+            given, tokenizer = {**given, **weights.options}, weights.tokenizer
+        config = TrainConfig.for_machine(**given)
     else:
-        saved = load_checkpoint(checkpoint)
-        check_same_model(saved["config"], given)
-        source = checkpoint.parent.parent
-        config = TrainConfig(**{**saved["config"], "out": str(source), **given})
-        if saved["step"] > config.steps:
-            raise ValueError(f"steps is {config.steps}; expected at least the {saved['step']} done already")
-        history = history_until(saved["step"], source / "metrics.jsonl")
-    check_folder(Path(config.out), checkpoint, restart=bool(config.resume) and checkpoint is None)
-
-    device = select_device(config.device)
-    corpus = open_corpus(config.data, config.data_dir)
-    splits = split_corpus(corpus, config.seq_len)
-
-    if device.type == "cpu":
-        keep_freed_memory()
-    seed_everything(config.seed, device)
-    model = build_model(config).to(device)
-    optimizer = build_optimizer(model, weight_decay=config.weight_decay)
-    state = TrainState(model, optimizer, config, corpus)
-    if saved is not None:
-        state.load_state_dict(saved)
-
-    run = Run(config, corpus, splits, select_precision(config.precision, device), state, history)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
-    return run
+        saved = read_config(source)
+        check_same_model(saved, given)
+        tokenizer = stored_tokenizer(source.run)
+        config = TrainConfig.for_machine(**{**saved, "out": str(source.run), **given})
+    if given.get("tokenizer") is not None:
+        tokenizer = load_tokenizer(given["tokenizer"])
+    check_sinks(config.log)
+    parallel = start(config, select_device(config.device))
+    try:
+        return build_run(parallel.from_main(config), source, parallel, weights, tokenizer)
+    except BaseException:
+        parallel.stop()
+        raise
 
 
-def build_model(config: TrainConfig) -> nn.Module:
-    """The model of `config`, for bytes, with newly drawn weights."""
-    shape: dict[str, Any] = {"num_tokens": NUM_TOKENS, "dim": config.dim, "depth": config.depth}
-    shape |= {"heads": config.heads, "dim_head": config.dim_head, "ff_mult": config.ff_mult}
-    if config.model == "palm":
-        return PaLM(**shape, attn_dropout=config.dropout, ff_dropout=config.dropout)
-    if config.model == "palm-lite":
-        return PaLMLite(**shape, attn_dropout=config.dropout, ff_dropout=config.dropout)
-    if config.model == "lamda":
-        return LaMDA(**shape, dropout=config.dropout)
-    shape |= {"max_seq_len": config.seq_len, "cross_attn_seq_len": config.cross_attn_seq_len}
-    shape |= {"perceive_depth": config.perceive_depth, "cross_attn_dropout": config.cross_attn_dropout}
-    return PerceiverAR(**shape, dropout=config.dropout)
-
-
-def history_until(step: int, metrics: Path) -> list[Row]:
-    """The rows up to `step`. That of the test goes: it belongs to the end of a run, which is to come."""
-    rows = read_metrics(metrics) if metrics.exists() else []
-    return [row for row in rows if row["step"] <= step and row["split"] != "test"]
-
-
-def check_folder(folder: Path, checkpoint: Path | None, *, restart: bool) -> None:
-    """Refuse a folder in which a run, from `checkpoint` if there is one, would overwrite another's work.
+def read_config(source: Source) -> dict[str, Any]:
+    """The options of the run that is resumed: those that it was last started with.
 
     Raises:
-        ValueError: it holds later checkpoints of the same run.
-        FileExistsError: it holds a run. `restart` allows one that has no checkpoint yet.
+        DamagedError: neither the run's folder nor one of its checkpoints tells them.
     """
-    if checkpoint is not None and folder.resolve() == checkpoint.parent.parent.resolve():
-        newest = complete_checkpoints(folder)[-1:]
-        if [path.resolve() for path in newest] != [checkpoint.resolve()]:
+    try:
+        return dict(json.loads((source.run / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        pass  # a checkpoint has them too
+    damaged: list[DamagedError] = []
+    for folder in reversed(source.candidates):
+        try:
+            return dict(read_about(folder)["config"])
+        except DamagedError as error:
+            damaged.append(error)
+    raise DamagedError("; ".join(map(str, damaged)))
+
+
+def build_run(
+    config: TrainConfig,
+    source: Source | None,
+    parallel: Parallel,
+    weights: InitialWeights | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Run:
+    """The run of `config`, at the state of a checkpoint of `source` if that is given, or at the start, from
+    `weights` if they are. `tokenizer` is that of the options, or else of what it goes on from.
+    """
+    folder, lock = Path(config.out), None
+    with parallel.together():
+        check_folder(folder, source, restart=bool(config.resume) and source is None)
+        if parallel.is_main and folder.exists():
+            lock = FolderLock(folder)
+    events: list[tuple[str, dict[str, Any]]] = []
+    checkpoint, about, history = None, None, []
+    with parallel.together():
+        if source is not None and parallel.is_main:
+            checkpoint, damaged = source.choose()
+            events += [("checkpoint-damaged", {"error": str(error)}) for error in damaged]
+            for error in damaged:
+                print(f"{error}\ngoing on from {checkpoint} instead")
+    checkpoint = parallel.from_main(checkpoint)
+    if source is not None and checkpoint is not None:
+        about = read_about(checkpoint)
+        check_same_model(about["config"], asdict(config))
+        if about["state"]["step"] > config.steps:
             raise ValueError(
-                f"resume is {checkpoint}, not the newest checkpoint of its run; expected the newest, or "
-                "a new folder as out to branch off into"
+                f"steps is {config.steps}; expected at least the {about['state']['step']} done already"
             )
-    elif (folder / "config.json").exists() and not (restart and not complete_checkpoints(folder)):
-        raise FileExistsError(
-            f"out is {folder}, which holds a run already; expected a new folder, or --resume to continue it"
-        )
+        history = read_history(source.run, about["state"]["metrics_rows"])
+    data = open_data(config, parallel, tokenizer)
+    described = describe(data)
+    if about is not None:
+        check_same_data(about["data"], described)
+    if weights is not None:
+        weights.check_tokens(data)
+
+    if parallel.device.type == "cpu":
+        keep_freed_memory()
+    compute_reproducibly(parallel.device)
+    with torch.device("meta"):
+        model = build_model(config, data.num_tokens)
+    network = parallelize(model, config, parallel)
+    if weights is not None:
+        weights.put_into(model)
+    state = TrainState(model, build_optimizer(model, config, parallel))
+    saver = Saver(
+        folder, parallel, {"config": asdict(config), "data": described}, config.keep, config.keep_every
+    )
+    if source is not None and checkpoint is not None:
+        saver.load(checkpoint, state)
+        events.append(("resume", {"checkpoint": checkpoint.name}))
+
+    if parallel.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock or FolderLock(folder)
+        clear_leftovers(folder)
+        if source is not None and checkpoint is not None and is_same(folder, source.run):
+            for damaged_folder in source.candidates[source.candidates.index(checkpoint) + 1 :]:
+                set_aside(damaged_folder)
+        data.tokenizer.save(folder)
+        write_durably(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
+    precision = select_precision(config.precision, parallel.device)
+    return Run(config, data, precision, parallel, state, network, saver, history, events, lock)
+
+
+def open_data(config: TrainConfig, parallel: Parallel, tokenizer: Tokenizer | None) -> Dataset:
+    """The run's data; what has to be unpacked or downloaded for them, one process does."""
+    data: Dataset | None = None
+    for turn in (True, False):
+        with parallel.together():
+            if parallel.is_main == turn:
+                data = read_data(config, tokenizer)
+    assert data is not None
+    return data
+
+
+def read_data(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Dataset:
+    """The data that the options name; `tokenizer` if given, instead of theirs."""
+    if tokenizer is None and config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer)
+    return open_dataset(
+        config.data,
+        data_dir=config.data_dir,
+        seq_len=config.seq_len,
+        rows_per_batch=config.batch_size * config.grad_accum,
+        tokenizer=tokenizer,
+        num_values=config.num_tokens,
+        dtype=config.data_dtype,
+        documents=config.documents,
+        text_column=config.text_column,
+        data_config=config.data_config,
+        data_split=config.data_split,
+        verify_all=config.verify_data,
+    )
+
+
+def describe(data: Dataset) -> dict[str, Any]:
+    """What recognises the data, and their tokenizer, again."""
+    tokenizer = data.tokenizer.fingerprint
+    dialog = isinstance(data, DialogDataset)
+    return {"name": data.name, "fingerprint": data.fingerprint, "tokenizer": tokenizer, "dialog": dialog}
+
+
+def read_history(run: Path, rows: int) -> list[Row]:
+    """The first `rows` rows of a run's metrics: those that belong to a checkpoint that counted them."""
+    metrics = run / "metrics.jsonl"
+    return read_metrics(metrics, rows) if metrics.exists() else []

@@ -6,7 +6,6 @@ import errno
 import gzip
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -14,12 +13,13 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+import real_process
 import tokenizers
 
 import palm_pytorch
@@ -156,48 +156,32 @@ def test_one_text_is_split_by_position_between_characters(
     assert all((tmp_path / "out" / name).stat().st_size == 0 for name in ("train-00000.ends", "test.ends"))
 
 
-FORK = multiprocessing.get_context("fork")  # starts at once, without importing anything anew
-
-
 def prepare_small(source: Path, folder: Path, tokenizer: str | Path = "bytes") -> None:
     prepare(open_source(source), folder, load_tokenizer(tokenizer), shard_tokens=9000, deduplicate=True)
 
 
-@pytest.fixture
-def fit_to_fork(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No progress bar: its locks, and its thread, may be in any state when a process is forked."""
-    bar = MagicMock()
-    bar.return_value.__exit__.return_value = None
-    monkeypatch.setattr(prepare_module, "tqdm", bar)
+def start_small(source: Path, folder: Path, told: Path, fatal_call: int = 0) -> ForkServerProcess:
+    """The same in a process of its own."""
+    options = {"shard_tokens": 9000, "workers": 1}
+    return real_process.start(
+        ["data", "prepare", str(source), str(folder), "--deduplicate", *real_process.flags(options)],
+        told,
+        fatal_call=fatal_call,
+        constants={"palm_pytorch.data.blocks.BLOCK": 4096},
+    )
 
 
-@pytest.mark.usefixtures("fit_to_fork")
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(jsonl: Path, tmp_path: Path) -> None:
-    """Each process adds a shard, on which the next one builds, and is killed at any moment after that."""
+    """Killed before one of its calls to the file system, whichever, again and again until it is done."""
     prepare_small(jsonl, tmp_path / "undisturbed")
-    folder, progress, rng = tmp_path / "killed", tmp_path / ".killed.progress", random.Random(3)
-    kills = 0
-    while not folder.exists() and kills < 20:
-        process = FORK.Process(target=prepare_small, args=(jsonl, folder))
-        before, deadline = size_of(progress), time.monotonic() + 60
-        process.start()
-        while process.is_alive() and size_of(progress) == before and time.monotonic() < deadline:
-            time.sleep(0.0005)
-        time.sleep(rng.random() * 0.01)
-        process.kill()
-        process.join()
+    folder, told, draws, kills = tmp_path / "killed", tmp_path / "told", random.Random(3), 0
+    while not folder.exists():
+        process = start_small(jsonl, folder, told, fatal_call=draws.randrange(1, 30))
+        process.join(120)
+        assert process.exitcode in (0, -signal.SIGKILL), told.read_text()
         kills += process.exitcode == -signal.SIGKILL
-    assert kills >= 3, "too few kills came in the midst of it"
+    assert kills >= 3
     assert files(folder) == files(tmp_path / "undisturbed")
-    left = {path.name for path in tmp_path.iterdir() if "killed" in path.name}
-    assert left <= {"killed", ".killed.lock", ".killed.progress"}
-
-
-def size_of(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
 
 
 PROGRAM = """
@@ -321,27 +305,17 @@ def test_a_full_disk_is_named_and_survived(jsonl: Path, tmp_path: Path) -> None:
     assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
 
 
-@pytest.mark.usefixtures("fit_to_fork")
 def test_another_process_is_waited_for(jsonl: Path, tmp_path: Path) -> None:
     """All want the same folder; one makes it, the others find it there."""
-    answers = FORK.SimpleQueue()
-
-    def want() -> None:
-        try:
-            prepare_small(jsonl, tmp_path / "out")
-            answers.put("")
-        except FileExistsError as error:
-            answers.put(str(error))
-
-    processes = [FORK.Process(target=want) for _ in range(3)]
+    told = [tmp_path / f"told-{number}" for number in range(3)]
+    processes = [start_small(jsonl, tmp_path / "out", each) for each in told]
     for process in processes:
-        process.start()
-    found = sorted(answers.get() for _ in processes)
-    for process in processes:
-        process.join()
-    assert found[0] == "" and all(
-        error.endswith("out exists and is not empty; expected a new folder") for error in found[1:]
-    )
+        process.join(120)
+    assert sorted(process.exitcode or 0 for process in processes) == [0, 2, 2]
+    for process, each in zip(processes, told, strict=True):
+        assert (
+            process.exitcode == 0 or "out exists and is not empty; expected a new folder" in each.read_text()
+        )
     verify(tmp_path / "out", read_manifest(tmp_path / "out"))
 
 

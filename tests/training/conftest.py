@@ -21,6 +21,7 @@ def tiny(tmp_path: Path) -> dict[str, Any]:
         **{"dim": 16, "depth": 1, "heads": 2, "dim_head": 8, "ff_mult": 2, "seq_len": 16, "batch_size": 4},
         **{"steps": 6, "eval_windows": 5, "test_windows": 7, "generate_every": 3, "generate_length": 4},
         **{"eval_every": 3, "save_every": 2, "device": "cpu", "precision": "float32", "seed": 7},
+        "peak_flops": 1e12,
     }
 
 

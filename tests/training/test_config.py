@@ -76,6 +76,11 @@ def test_a_config_survives_json_and_cannot_be_changed(model: str) -> None:
         ({"data": 3}, TypeError, "data is 3, of type int; expected str or None"),
         ({"min_lr": 1.0}, ValueError, "min_lr is 1.0; it must be at most lr"),
         (
+            {"spike_rewind": 9, "spike_skip": 9},
+            ValueError,
+            "spike_skip is 9; it must be above spike_rewind (9)",
+        ),
+        (
             {"steps": 9, "warmup_steps": 10},
             ValueError,
             "warmup_steps is 10; it must be at most schedule_steps",

@@ -1,32 +1,85 @@
-"""The metrics file is whole lines of JSON, whatever happened to the process, and becomes a picture."""
+"""The metrics file is whole lines of JSON, whatever happened to the process."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from palm_pytorch.training.logging import MetricsLog, plot_metrics, read_metrics
+from palm_pytorch.training.logging import MEASURED, MetricsLog, read_metrics
+from palm_pytorch.training.meter import Meter
 
 ROWS: list[dict[str, Any]] = [
     {"step": 1, "split": "train", "bits_per_byte": 8.0, "tokens": 1_000_000},
     {"step": 2, "split": "train", "bits_per_byte": 5.0, "tokens": 2_000_000},
     {"step": 2, "split": "valid", "bits_per_byte": 6.0, "tokens": 2_000_000},
 ]
+STATE: Any = SimpleNamespace(step=4, tokens=90, seconds=1.23456)
+
+
+class Recorder:
+    """A sink that remembers."""
+
+    def __init__(self) -> None:
+        self.rows: list[Mapping[str, Any]] = []
+        self.closed = 0
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self.rows.append(row)
+
+    def close(self) -> None:
+        self.closed += 1
 
 
 def test_rows_are_on_disk_as_soon_as_they_are_added(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricsLog(path, ROWS[:1]) as metrics:
-        metrics.add("valid", SimpleNamespace(step=4, tokens=90), math.log(2), 12.345, grad_norm=2.0)  # type: ignore[arg-type]
+        metrics.add("valid", STATE, math.log(2), 12.345, grad_norm=2.0)
         row = {"step": 4, "split": "valid", "loss": math.log(2), "bits_per_byte": 1.0, "tokens": 90}
-        assert read_metrics(path) == [ROWS[0], {**row, "tokens_per_second": 12.3, "grad_norm": 2.0}]
+        row |= {"seconds": 1.235, "tokens_per_second": 12.3, "grad_norm": 2.0}
+        assert read_metrics(path) == [ROWS[0], row]
+        metrics.event("skip", STATE, reason="the loss is not finite", count=3)
+        event = {"step": 4, "event": "skip", "tokens": 90, "reason": "the loss is not finite", "count": 3}
+        assert read_metrics(path) == [ROWS[0], row, event]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_rows_of_training_tell_what_they_took_of_the_machine(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path, meter=Meter(torch.device("cpu"), 2e3, 1e6)) as metrics:
+        metrics.add("train", STATE, 1.0, 100.0)
+        metrics.add("valid", STATE, 1.0, 100.0)
+    train, valid = read_metrics(path)
+    assert train["mfu"] == 0.2 and train["memory_bytes"] > 0
+    assert not {"mfu", "memory_bytes"} & set(valid)
+    assert set(train) - set(MEASURED) == {"step", "split", "loss", "bits_per_byte", "tokens"}
+
+
+def test_bits_are_per_byte_of_text(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path, bytes_per_token=4.0) as metrics:
+        metrics.add("train", STATE, 6 * math.log(2), 1.0)
+        metrics.add("test", STATE, 6 * math.log(2), 1.0, bits_per_byte=2.0)
+    assert [row["bits_per_byte"] for row in read_metrics(path)] == [pytest.approx(1.5), 2.0]
+
+
+def test_sinks_get_the_new_rows_and_are_closed(tmp_path: Path) -> None:
+    sinks = [Recorder(), Recorder()]
+    with (
+        pytest.raises(ZeroDivisionError),
+        MetricsLog(tmp_path / "metrics.jsonl", ROWS, sinks=sinks) as metrics,
+    ):
+        metrics.add("train", STATE, 1.0, 100.0)
+        metrics.event("rollback", STATE)
+        raise ZeroDivisionError
+    for sink in sinks:
+        assert sink.rows == read_metrics(tmp_path / "metrics.jsonl")[3:] and sink.closed == 1
 
 
 def test_an_unfinished_last_line_is_left_out(tmp_path: Path) -> None:
@@ -42,29 +95,3 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"line 2 of .*metrics\.jsonl is no JSON: '\{\"step\": '"):
         read_metrics(path)
-
-
-@pytest.mark.parametrize("rows", [ROWS, ROWS[:1]])
-def test_the_plot_is_a_picture(rows: list[dict[str, Any]], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    plot_metrics(rows, tmp_path / "loss.png", title="a title")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_plot_shows_the_rows_with_labelled_axes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    monkeypatch.setattr(pyplot, "close", lambda figure: None)
-    plot_metrics(ROWS, tmp_path / "loss.png", title="a title")
-    (axes,) = pyplot.gcf().axes
-    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
-    assert lines.pop("_child0") == ([1, 2], [8, 5])  # the steps themselves, behind their means
-    assert lines == {"train (last: 5.000)": ([1, 2], [8, 5]), "valid (last: 6.000)": ([2], [6])}
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("training tokens, in millions", "bits per byte")
-    monkeypatch.undo()
-    pyplot.close("all")
-
-
-def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ModuleNotFoundError, match="matplotlib"):
-        plot_metrics(ROWS, tmp_path / "loss.png", title="")

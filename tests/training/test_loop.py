@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import re
 import shlex
 import signal
@@ -14,15 +15,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from palm_pytorch.data.windows import encode_bytes
-from palm_pytorch.training import loop
-from palm_pytorch.training.checkpoint import complete_checkpoints, load_checkpoint
-from palm_pytorch.training.logging import read_metrics
-from palm_pytorch.training.loop import Outcome, StopRequest, accumulate_gradients, quoted, train, train_step
-from palm_pytorch.training.run import Run, prepare
+from palm_pytorch import from_pretrained
+from palm_pytorch.data.batch import IGNORED, Batch
+from palm_pytorch.training import loop, observe, saver
+from palm_pytorch.training.checkpoint import complete_checkpoints, load_weights
+from palm_pytorch.training.logging import MEASURED, read_metrics
+from palm_pytorch.training.loop import Outcome, train
+from palm_pytorch.training.observe import quoted
+from palm_pytorch.training.run import Run, build_model, prepare
+from palm_pytorch.training.state import seed_streams
+from palm_pytorch.training.step import accumulate_gradients, train_step
 
 TRAIN = Path(__file__).parents[2] / "train.py"
+CHECKPOINT = (".metadata", "__0_0.distcp", "manifest.json", "state.json")
 MODELS = ["palm", "palm-lite", "lamda", "perceiver-ar"]
 
 
@@ -30,8 +37,10 @@ def parameters(run: Run) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in run.state.model.parameters()])
 
 
-def rows_without_time(run: Run) -> list[dict[str, Any]]:
-    return [{**row, "tokens_per_second": None} for row in read_metrics(run.metrics_file)]
+def rows_that_remain(run: Run) -> list[dict[str, Any]]:
+    """The run's metrics but what it measured, and where it was resumed."""
+    rows = [row for row in read_metrics(run.metrics_file) if row.get("event") != "resume"]
+    return [{name: value for name, value in row.items() if name not in MEASURED} for row in rows]
 
 
 def test_it_learns(tiny: dict[str, Any]) -> None:
@@ -65,7 +74,9 @@ def test_what_a_run_leaves(tiny: dict[str, Any], capsys: pytest.CaptureFixture[s
         "config.json",
         "metrics.jsonl",
         *(f"samples/step-{step:08d}.txt" for step in (3, 6)),
-        *(f"checkpoints/step-{step:08d}/state.pt" for step in (2, 4, 6)),
+        ".lock",
+        *(f"model/{name}" for name in ("config.json", "model.safetensors")),
+        *(f"checkpoints/step-{n:08d}/{name}" for n in (3, 4, 6) for name in CHECKPOINT),
     }
     sample = (run.folder / "samples" / "step-00000003.txt").read_text(encoding="utf-8")
     assert re.match(r"---- step 3, after a text that ends in\n\| .*\n---- the model writes\n\| ", sample)
@@ -80,39 +91,99 @@ def test_what_a_run_leaves(tiny: dict[str, Any], capsys: pytest.CaptureFixture[s
     assert str(run.folder / "loss.png") in printed or "palm_pytorch[train]" in printed
 
 
+def slices_of(run: Run, index: int) -> list[Batch]:
+    """Those of a step, without a loader."""
+    size, seed = run.config.batch_size, run.config.seed
+    parts = (range(part * size, (part + 1) * size) for part in range(run.config.grad_accum))
+    return [run.data.batch(seed=seed, index=index, rows=rows) for rows in parts]
+
+
 def test_slices_of_a_step_add_up_to_the_step(tiny: dict[str, Any]) -> None:
     gradients, losses = [], []
     for batch_size, grad_accum in ((8, 1), (4, 2), (1, 8)):
         options = {"batch_size": batch_size, "grad_accum": grad_accum, "out": f"{tiny['out']}-{grad_accum}"}
         run = prepare(**{**tiny, **options})
-        losses.append(accumulate_gradients(run, step=3))
+        losses.append(accumulate_gradients(run, slices_of(run, 3)))
         gradients.append([parameter.grad for parameter in run.state.model.parameters()])
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-6)
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("model", ["palm", "perceiver-ar"])
+def test_every_label_that_counts_weighs_as_much_as_any_other(model: str, tiny: dict[str, Any]) -> None:
+    """Slices with few labels, or none, against the mean over all labels at once."""
+    run = prepare(**{**tiny, "model": model, "batch_size": 2, "grad_accum": 3})
+    tokens, labels = torch.randint(256, (2, 6, 16), generator=torch.Generator().manual_seed(3))
+    labels[0, 1:] = labels[2:4] = labels[5, :9] = IGNORED
+    parts = [Batch(tokens[at : at + 2], labels[at : at + 2]) for at in (0, 2, 4)]
+    mean = accumulate_gradients(run, parts)
+    ours = [p.grad.clone() for p in run.state.model.parameters() if p.grad is not None]
+    run.state.optimizer.zero_grad()
+    expected = run.state.model(tokens, labels=labels)
+    expected.backward()
+    assert mean == pytest.approx(expected.item(), rel=1e-6)
+    theirs = [p.grad for p in run.state.model.parameters() if p.grad is not None]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def assert_same(run: Run, other: Run) -> None:
+    """Bit for bit: weights, optimizer, numbers, metrics, samples, the saved model."""
+    torch.testing.assert_close(run.state.tensors(), other.state.tensors(), rtol=0, atol=0)
+    numbers = [each.state.numbers() | {"seconds": 0, "metrics_rows": 0} for each in (run, other)]
+    assert numbers[0] == numbers[1]
+    assert rows_that_remain(run) == rows_that_remain(other)
+    for sample in (other.folder / "samples").iterdir():
+        assert (run.folder / "samples" / sample.name).read_bytes() == sample.read_bytes()
+    models = [load_file(each.folder / "model" / "model.safetensors") for each in (run, other)]
+    torch.testing.assert_close(*models, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("model", MODELS)
-def test_a_stop_and_a_resume_change_nothing(model: str, tiny: dict[str, Any]) -> None:
-    """Bit for bit, in float32 on the CPU, with dropout and accumulation: weights to samples."""
-    options = {**tiny, "model": model, "dropout": 0.3, "grad_accum": 2}
+def test_a_stop_and_a_resume_change_nothing(
+    model: str, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 on the CPU, with dropout, slices, and batches read by none or two processes."""
+    options = {**tiny, "model": model, "dropout": 0.3, "grad_accum": 2, "num_workers": 0}
+    if model == "perceiver-ar":
+        options["cross_attn_dropout"] = 0.4
     straight = prepare(**{**options, "out": tiny["out"] + "-straight"})
     train(straight)
-    halves = prepare(**{**options, "steps": 3, "schedule_steps": 6})
-    train(halves)
+    stop_in_step(2, signal.SIGTERM, monkeypatch)
+    stopped = prepare(**{**options, "num_workers": 2})
+    assert train(stopped).stopped_by == signal.SIGTERM
+    monkeypatch.undo()
     torch.manual_seed(0)
-    resumed = prepare(resume=tiny["out"], steps=6)
-    assert resumed.state.step == 3
+    resumed = prepare(resume=tiny["out"])
+    assert (resumed.state.step, resumed.config.num_workers) == (3, 2)
     train(resumed)
+    assert_same(resumed, straight)
 
-    assert torch.equal(parameters(resumed), parameters(straight))
-    last = [load_checkpoint(complete_checkpoints(run.folder)[-1]) for run in (resumed, straight)]
-    for key in ("step", "tokens", "model", "optimizer"):
-        torch.testing.assert_close(last[0][key], last[1][key], rtol=0, atol=0)
-    assert torch.equal(last[0]["random"]["torch"], last[1]["random"]["torch"])
-    assert rows_without_time(resumed) == rows_without_time(straight)
-    for sample in (straight.folder / "samples").iterdir():
-        assert (resumed.folder / "samples" / sample.name).read_bytes() == sample.read_bytes()
+
+@pytest.mark.parametrize("doing", ["valid", "sample", "test"])
+def test_a_stop_while_scoring_or_sampling_changes_nothing(
+    doing: str, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was cut short is done first when the run goes on."""
+    options = {**tiny, "eval_windows": 12, "test_windows": 12}
+    straight = prepare(**{**options, "out": tiny["out"] + "-straight"})
+    train(straight)
+
+    def seed_and_stop(seed: int, *names: Any) -> None:
+        seed_streams(seed, *names)
+        if names[0] == doing:
+            signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr(observe, "seed_streams", seed_and_stop)
+    stopped = prepare(**options)
+    assert train(stopped) == Outcome(signal.SIGUSR1, None)
+    assert stopped.state.step == (6 if doing == "test" else 3)
+    assert stopped.state.due == {"valid": ["valid", "sample"], "sample": ["sample"], "test": []}[doing]
+    assert not (stopped.folder / "model").exists()
+    monkeypatch.undo()
+    resumed = prepare(resume=tiny["out"])
+    train(resumed)
+    assert_same(resumed, straight)
 
 
 def test_evaluations_and_samples_do_not_touch_the_training(tiny: dict[str, Any]) -> None:
@@ -129,19 +200,7 @@ def test_a_finished_run_that_is_resumed_is_tested_again(tiny: dict[str, Any]) ->
     first = train(prepare(**tiny))
     again = prepare(resume=tiny["out"])
     assert train(again) == first
-    assert [row["split"] for row in read_metrics(again.metrics_file)].count("test") == 1
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(
-    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = prepare(**tiny)
-    before = parameters(run).clone()
-    monkeypatch.setattr(loop, "window_loss", lambda model, *_: next(model.parameters()).sum() * math.nan)
-    with pytest.raises(FloatingPointError, match=r"step 0: the loss is nan .* --lr"):
-        train(run)
-    assert torch.equal(parameters(run), before)
-    assert complete_checkpoints(run.folder) == [] and read_metrics(run.metrics_file) == []
+    assert [row.get("split") for row in read_metrics(again.metrics_file)].count("test") == 1
 
 
 def test_without_matplotlib_the_run_ends_well(
@@ -153,19 +212,18 @@ def test_without_matplotlib_the_run_ends_well(
 
 
 def test_samples_cannot_control_the_terminal() -> None:
-    assert quoted(encode_bytes("a\x1b[2Jb\n\x07\tc")) == "| a�[2Jb\n| ��c"
+    assert quoted("a\x1b[2Jb\n\x07\tc") == "| a�[2Jb\n| ��c"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_the_second_stops(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with StopRequest() as stop:
-        assert stop.signal is None
-        signal.raise_signal(number)
-        assert stop.signal == number
-        with pytest.raises(KeyboardInterrupt):
+def stop_in_step(step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a signal come while the step after `step` others is taken."""
+
+    def step_with_signal(run: Run, batches: Any) -> Any:
+        if run.state.step == step:
             signal.raise_signal(number)
-    assert signal.getsignal(number) is before
+        return train_step(run, batches)
+
+    monkeypatch.setattr(loop, "train_step", step_with_signal)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -175,16 +233,74 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def step_with_signal(run: Run, step: int) -> Any:
-        if step == 3:
-            signal.raise_signal(number)
-        return train_step(run, step)
-
-    monkeypatch.setattr(loop, "train_step", step_with_signal)
-    run = prepare(**{**tiny, "save_every": 0})
+    stop_in_step(3, number, monkeypatch)
+    run = prepare(**{**tiny, "save_every": 0, "eval_every": 0})
     assert train(run) == Outcome(stopped_by=number, test_bits_per_byte=None)
     assert [path.name for path in complete_checkpoints(run.folder)] == ["step-00000004"]
     assert f"resume  {run.resume_command()}\n" in capsys.readouterr().out
+
+
+def test_a_second_ctrl_c_stops_at_once(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def two_signals(run: Run, batches: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(loop, "train_step", two_signals)
+    run = prepare(**{**tiny, "num_workers": 2})
+    with pytest.raises(KeyboardInterrupt):
+        train(run)
+    assert complete_checkpoints(run.folder) == [] and multiprocessing.active_children() == []
+
+
+def test_the_best_by_validation_is_kept_and_exported(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([3.0, 2.0, 2.5, 2.25, 4.0, 4.0, 1.0])
+
+    def scored(run: Run, split: str, *_: Any) -> tuple[float, float]:
+        return next(losses), 8.0
+
+    monkeypatch.setattr(loop, "score", scored)
+    run = prepare(**{**tiny, "eval_every": 1, "save_every": 0, "keep": 1, "generate_every": 0})
+    train(run)
+    assert [path.name for path in complete_checkpoints(run.folder)] == ["step-00000002", "step-00000006"]
+    assert (run.state.best_step, run.state.best_loss) == (2, 2.0)
+    best = build_model(run.config, 256)
+    load_weights(complete_checkpoints(run.folder)[0], best)
+    exported = from_pretrained(run.folder / "model").state_dict()
+    torch.testing.assert_close(exported, best.state_dict(), rtol=0, atol=0)
+
+
+def test_a_checkpoint_that_fails_does_not_end_the_run(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = saver.write_tensors
+
+    def fail_at_step_two(tensors: Any, partial: Path, group: Any) -> None:
+        if partial.name.endswith("2"):
+            raise OSError(28, "No space left on device")
+        write(tensors, partial, group)
+
+    monkeypatch.setattr(saver, "write_tensors", fail_at_step_two)
+    run = prepare(**{**tiny, "eval_every": 0})
+    assert train(run).test_bits_per_byte is not None
+    assert [path.name[-1] for path in complete_checkpoints(run.folder)] == ["4", "6"]
+    (event,) = [row for row in read_metrics(run.metrics_file) if row.get("event") == "checkpoint-failed"]
+    assert "No space left" in event["error"] and event["step"] == 4
+    assert "No space left" in capsys.readouterr().out
+
+
+def test_a_last_checkpoint_that_fails_is_an_error(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(tensors: Any, partial: Path, group: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saver, "write_tensors", fail)
+    run = prepare(**{**tiny, "eval_every": 0, "save_every": 0})
+    with pytest.raises(OSError, match="No space left"):
+        train(run)
+    assert not (run.folder / "model").exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
@@ -200,7 +316,7 @@ def test_ctrl_c_and_the_command_that_it_prints(tiny: dict[str, Any]) -> None:
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
-    assert "SIGINT: stopping after this step" in output
+    assert "SIGINT: saving after this step" in output
 
     done = len(read_metrics(metrics))
     (checkpoint,) = complete_checkpoints(Path(tiny["out"]))
@@ -210,5 +326,5 @@ def test_ctrl_c_and_the_command_that_it_prints(tiny: dict[str, Any]) -> None:
 
     resumed = subprocess.run([*shlex.split(command_line), "--steps", str(done + 2)], **pipes)
     assert resumed.returncode == 0, resumed.stdout
-    steps = [row["step"] for row in read_metrics(metrics) if row["split"] == "train"]
+    steps = [row["step"] for row in read_metrics(metrics) if row.get("split") == "train"]
     assert steps == list(range(1, done + 3))

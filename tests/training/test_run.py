@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from palm_pytorch import LaMDA, PaLM, PaLMLite, PerceiverAR
-from palm_pytorch.training.checkpoint import save_checkpoint
+from palm_pytorch.training.architecture import build_model
+from palm_pytorch.training.checkpoint import complete_checkpoints
 from palm_pytorch.training.config import TrainConfig
-from palm_pytorch.training.run import build_model, prepare
+from palm_pytorch.training.run import prepare
 
 SHAPE = {"num_tokens": 256, "dim": 16, "depth": 1, "heads": 2, "dim_head": 8, "ff_mult": 2}
 
@@ -80,12 +81,14 @@ def test_the_resume_command(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatc
 def stopped(tiny: dict[str, Any]) -> dict[str, Any]:
     """Options of a run that is there, with checkpoints of steps 2 and 4."""
     run = prepare(**tiny, lr=0.125)
-    for step in (2, 4):
-        run.state.step = step
-        save_checkpoint(run.state, run.folder, keep=9)
     rows = [{"step": step, "split": "train"} for step in range(1, 7)]
-    rows += [{"step": 2, "split": "valid"}, {"step": 4, "split": "test"}]
+    rows.insert(2, {"step": 2, "split": "valid"})
     run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for step, metrics_rows in ((2, 3), (4, 5)):
+        run.state.step, run.state.metrics_rows = step, metrics_rows
+        run.saver.save(run.state)
+    assert run.saver.wait() is None
+    run.close()
     return tiny
 
 
@@ -96,9 +99,11 @@ def test_a_resumed_run_keeps_the_options_that_are_not_given(stopped: dict[str, A
         run.config
     )
     assert [(row["step"], row["split"]) for row in run.history] == [
-        *((step, "train") for step in (1, 2, 3, 4)),
+        *((step, "train") for step in (1, 2)),
         (2, "valid"),
+        *((step, "train") for step in (3, 4)),
     ]
+    assert run.events == [("resume", {"checkpoint": "step-00000004"})]
     assert prepare(resume="auto", out=stopped["out"]).state.step == 4
 
 
@@ -122,7 +127,7 @@ def test_an_earlier_checkpoint_is_resumed_into_a_new_folder(stopped: dict[str, A
         ({"model": "perceiver-ar"}, ValueError, "model is 'perceiver-ar', in the checkpoint 'palm'"),
         ({"steps": 3}, ValueError, "steps is 3; expected at least the 4 done already"),
         ({"lr": -1.0}, ValueError, "lr is -1.0; expected"),
-        ({"data": __file__}, ValueError, r"data is test_run\.py \(.*\); expected the text .* text\.txt"),
+        ({"data": __file__}, ValueError, r"data is test_run\.py \(text .*\); expected the text .* text\.txt"),
     ],
 )
 def test_what_a_resumed_run_cannot_change(
@@ -132,6 +137,47 @@ def test_what_a_resumed_run_cannot_change(
     with pytest.raises(kind, match=says):
         prepare(resume=stopped["out"], **given)
     assert (Path(stopped["out"]) / "config.json").read_text() == config
+
+
+def test_options_of_the_last_start_hold_also_if_it_saved_nothing(stopped: dict[str, Any]) -> None:
+    prepare(resume=stopped["out"], steps=9).close()
+    assert prepare(resume=stopped["out"]).config.steps == 9
+
+
+def test_options_are_found_in_a_checkpoint_where_the_folder_has_lost_them(stopped: dict[str, Any]) -> None:
+    (Path(stopped["out"]) / "config.json").write_text("{")
+    run = prepare(resume=stopped["out"])
+    assert (run.config.lr, run.state.step) == (0.125, 4)
+    assert json.loads((run.folder / "config.json").read_text())["lr"] == 0.125
+
+
+def test_what_a_crash_left_after_a_checkpoints_metrics_does_not_matter(stopped: dict[str, Any]) -> None:
+    metrics = Path(stopped["out"]) / "metrics.jsonl"
+    metrics.write_text("".join(line + "\n" for line in metrics.read_text().split("\n")[:5]) + "\0\0\n{")
+    assert len(prepare(resume=stopped["out"]).history) == 5
+
+
+def test_a_damaged_checkpoint_is_set_aside(
+    stopped: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(stopped["out"])
+    newest = complete_checkpoints(run)[-1]
+    (newest / "state.json").write_text("{}")
+    resumed = prepare(resume=str(run))
+    assert (resumed.state.step, len(resumed.history)) == (2, 3)
+    (kind, details), _ = resumed.events
+    assert kind == "checkpoint-damaged" and f"{newest / 'state.json'} is damaged" in details["error"]
+    assert "going on from" in capsys.readouterr().out
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["damaged-step-00000004", "step-00000002"]
+
+
+def test_a_damaged_checkpoint_that_is_named_is_an_error(stopped: dict[str, Any]) -> None:
+    newest = complete_checkpoints(Path(stopped["out"]))[-1]
+    (newest / ".metadata").unlink()
+    with pytest.raises(ValueError, match=r"step-00000004/\.metadata is missing"):
+        prepare(resume=str(newest))
+    assert len(complete_checkpoints(Path(stopped["out"]))) == 2
 
 
 def test_a_folder_with_a_run_is_not_overwritten(stopped: dict[str, Any], tmp_path: Path) -> None:
@@ -171,3 +217,9 @@ def test_a_file_in_the_way_is_named(tiny: dict[str, Any]) -> None:
     Path(tiny["out"]).write_text("not a folder")
     with pytest.raises(OSError, match="run"):
         prepare(**tiny)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that not even root can write to")
+def test_a_folder_that_cannot_be_written_to_is_named(tiny: dict[str, Any]) -> None:
+    with pytest.raises(OSError, match="/proc/run"):
+        prepare(**{**tiny, "out": "/proc/run"})

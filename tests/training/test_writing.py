@@ -1,4 +1,4 @@
-"""`palm generate` and `palm chat`, on a run and on a saved model; bytes and tokenizers as text."""
+"""`palm generate`, on a run and on a saved model, of bytes and of a tokenizer."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from palm_pytorch import LaMDA, PaLM
+from palm_pytorch import LaMDA, PaLM, from_pretrained
 from palm_pytorch.cli import main
+from palm_pytorch.data.tokenizer import ByteTokenizer
 from palm_pytorch.training.loop import train
 from palm_pytorch.training.run import prepare
-from palm_pytorch.training.writing import ByteCoding, TokenizerCoding, load_run, visible
+from palm_pytorch.training.trained import load_run
+from palm_pytorch.training.writing import show, visible
 
 HALF = "\N{REPLACEMENT CHARACTER}"
 FLAGS = ["--device", "cpu", "--precision", "float32", "--seed", "3", "--max-new-tokens", "12"]
@@ -41,7 +43,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -
 
 def test_generate_goes_on_from_a_prompt(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     out, err = told(capsys, "generate", "--checkpoint", run, "--prompt", "the quick", "--temperature", "0")
-    net = load_run(run)
+    net = load_run(run).model
     prompt = torch.tensor([list(b"the quick")])
     written = bytes(net.generate(prompt, 12, temperature=0)[0].tolist()).decode(errors="replace")
     assert out == visible("the quick" + written) + "\n"
@@ -71,12 +73,15 @@ def test_prompts_from_a_file_or_the_input(
     assert err.startswith("12 tokens" if where == "text" else "24 tokens")
 
 
-def test_chat_answers_each_line(
-    saved: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand you\n"))
-    out, err = told(capsys, "chat", "--checkpoint", saved, "--num-candidates", "3")
-    assert out.count("\n") == 2 and err == ""
+def test_a_text_ends_with_the_end_token(saved: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """That of the tokenizer, 0xFF of bytes, unless another is asked for; it is not shown."""
+    command = ["generate", "--checkpoint", saved, "--prompt", "a", "--temperature", "0"]
+    out, err = told(capsys, *command)
+    assert (out, err[:9]) == (told(capsys, *command, "--eos-token", "255")[0], "12 tokens")
+    first = from_pretrained(saved).generate(torch.tensor([[97]]), 1, temperature=0).item()
+    assert told(capsys, *command, "--eos-token", str(first))[1].startswith("1 tokens")
+    assert show([0x61, 0x62, 0xFF], ByteTokenizer()) == 3
+    assert capsys.readouterr().out == "ab\n"
 
 
 @pytest.mark.parametrize(
@@ -91,8 +96,7 @@ def test_chat_answers_each_line(
         ("generate --checkpoint SAVED --prompt x --temperature -1", "temperature: "),
         ("generate --checkpoint SAVED --prompt x --eos-token 256", "eos_token: "),
         ("generate --checkpoint SAVED --prompt x --num-samples 0", "num_samples is 0"),
-        ("chat --checkpoint WORDS", "tokenizer"),
-        ("chat --checkpoint PALM", "expected a LaMDA"),
+        ("generate --checkpoint WORDS --prompt x", "a model of 300 tokens with no tokenizer"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
@@ -105,42 +109,10 @@ def test_bad_input_is_one_line_and_status_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shape: dict[str, Any] = {"dim": 16, "depth": 1, "heads": 2, "dim_head": 8, "ff_mult": 2}
-    for name, num_tokens in (("PALM", 256), ("WORDS", 300)):
-        if name in flags:
-            PaLM(num_tokens=num_tokens, **shape).save_pretrained(tmp_path / name)
+    if "WORDS" in flags:
+        PaLM(num_tokens=300, **shape).save_pretrained(tmp_path / "WORDS")
     out, err = told(capsys, *flags.replace("SAVED", saved).split(), status=2)
     assert out == "" and says in err and err.startswith("palm: error: ") and err.count("\n") == 1
-
-
-# Text
-
-
-def shown(coding: Any, tokens: list[int]) -> list[str]:
-    decode = coding.decoder()
-    return [decode(token) for token in [*tokens, None]]
-
-
-def test_characters_of_several_bytes_come_whole() -> None:
-    tokens = ByteCoding().encode("aé€😀b")
-    assert tokens == list("aé€😀b".encode())
-    assert shown(ByteCoding(), tokens) == ["a", "", "é", "", "", "€", "", "", "", "😀", "b", ""]
-    assert shown(ByteCoding(), [0xE2, 0x82]) == ["", "", HALF]
-    assert shown(ByteCoding(), [0xE2, 0x41, 0xFF]) == ["", HALF + "A", HALF, ""]
-
-
-class Words:
-    """A tokenizer of words with a space before them, but at the start; tokens above 90 are bytes."""
-
-    def decode(self, tokens: list[int]) -> str:
-        text = b"".join(bytes([t]) if t > 90 else b" w%d" % t for t in tokens)
-        return text.decode(errors="replace").removeprefix(" ")
-
-
-def test_tokens_of_a_tokenizer_come_with_their_spaces() -> None:
-    coding = TokenizerCoding(Words())  # type: ignore[arg-type]
-    euro = list("€".encode())
-    found = shown(coding, [1, 2, *euro, 3, *[7] * 20, euro[0]])
-    assert found == ["w1", " w2", "", "", "€", " w3", *[" w7"] * 20, "", HALF]
 
 
 def test_control_characters_are_not_obeyed() -> None:

@@ -1,0 +1,350 @@
+"""Training with several processes, started by `torchrun`: who they are, and how a model is spread over them.
+
+    kind      parameters                         each process reads
+    none      whole, of the one process          the batch
+    ddp       whole, on every process            its share of the batch
+    fsdp      a share of each on every process   its share of the batch
+    tp        a share of heads and inner width   the batch
+    fsdp+tp   both: a share of that share        the share of its group of `tensor_ranks` processes
+
+Processes stand in a grid, data ranks by tensor ranks. Neighbours share a row, so that tensor parallelism,
+which waits for every sum, stays inside a machine.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
+
+from palm_pytorch.training.activation_checkpointing import recompute
+from palm_pytorch.training.config import TrainConfig
+from palm_pytorch.training.rendezvous import join, rendezvous
+from palm_pytorch.training.resharding import fill
+from palm_pytorch.training.tensor_parallel import layout_of, split_over
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """The processes of a run, seen from one of them. There is always a process group, also of one process.
+
+    kind: how the model is spread; never "auto".
+    mesh: (data_ranks, tensor_ranks), of dimensions "data" and "tensor".
+    device: where this process computes.
+    """
+
+    kind: str
+    mesh: DeviceMesh
+    device: torch.device
+    owns_group: bool = True
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that prints and writes what is written once."""
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        return self.mesh.get_local_rank("data")
+
+    @property
+    def data_ranks(self) -> int:
+        return self.mesh.size(0)
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.mesh.get_local_rank("tensor")
+
+    @property
+    def tensor_ranks(self) -> int:
+        return self.mesh.size(1)
+
+    def rows(self, batch_size: int) -> range:
+        """Which rows of a batch this process reads: as many as every other data rank, in order.
+
+        Raises:
+            ValueError: they cannot be shared out evenly.
+        """
+        check_batch_size(batch_size, self.data_ranks)
+        share = batch_size // self.data_ranks
+        return range(self.data_rank * share, (self.data_rank + 1) * share)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each of `values` summed over the data ranks, in float64; the same on every process."""
+        total = torch.tensor(list(values), dtype=torch.float64)
+        dist.all_reduce(total, group=self.mesh.get_group("data"))
+        return total.tolist()
+
+    def agree(self, flag: int) -> int:
+        """The largest `flag` of any process."""
+        largest = torch.tensor(flag, dtype=torch.int64)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        self.agree(0)
+
+    def from_main(self, value: T) -> T:
+        """`value` of the main process, on every process."""
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails on one process fails on all, so that none waits for another; no collective may be
+        inside.
+
+        Raises:
+            ValueError: on processes that did not fail themselves; it says which did, and why.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        reasons: list[Any] = [None] * self.world_size
+        dist.all_gather_object(reasons, None if error is None else str(error))
+        if error is not None:
+            raise error
+        for rank, reason in enumerate(reasons):
+            if reason is not None:
+                raise ValueError(f"process {rank}: {reason}")
+
+    def stop(self) -> None:
+        """Leave the process group. Models and optimizers that used it should be deleted by now."""
+        if self.owns_group and dist.is_initialized():
+            # Otherwise what FSDP and DDP hold in reference cycles is freed after the group that it needs,
+            # and the process sometimes aborts.
+            gc.collect()
+            dist.destroy_process_group()
+
+
+def start(config: TrainConfig, device: torch.device) -> Parallel:
+    """Join the processes that torchrun started; without it, be the only one. Checks `config` against them.
+
+    device: of `select_device`; a GPU without number becomes this process's own.
+
+    Raises:
+        ValueError: the environment is not torchrun's, or the options do not fit so many processes.
+    """
+    several = rendezvous()
+    owns = not dist.is_initialized()
+    world_size = int(os.environ["WORLD_SIZE"]) if owns and several else 1
+    if not owns:
+        world_size = dist.get_world_size()
+    kind, tensor_ranks = choose_grid(config, world_size)
+    if device.type == "cuda":
+        device = own_gpu(device)
+        torch.cuda.set_device(device)
+    if owns:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+        if several:
+            join(backend, world_size)
+        else:
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    shape = (world_size // tensor_ranks, tensor_ranks)
+    parallel = Parallel(
+        kind, init_device_mesh(device.type, shape, mesh_dim_names=("data", "tensor")), device, owns
+    )
+    if "fsdp" in kind and not averages(parallel):
+        parallel.stop()
+        raise ValueError(
+            f"parallel is {kind!r} on {device.type}, where PyTorch {torch.__version__} adds gradients up "
+            "that it is to average; expected a newer one, or 'ddp'"
+        )
+    return parallel
+
+
+def averages(parallel: Parallel) -> bool:
+    """Whether the mean of gradients, as FSDP takes it, is one: of Gloo in PyTorch 2.6 it is a sum."""
+    ones, mean = (torch.ones(size, device=parallel.device) for size in (parallel.data_ranks, 1))
+    if parallel.data_ranks > 1:
+        # By its newer name, if it has one.
+        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        reduce_scatter(mean, ones, op=dist.ReduceOp.AVG, group=parallel.mesh.get_group("data"))
+    return mean.item() == 1
+
+
+def own_gpu(device: torch.device) -> torch.device:
+    """The GPU of this process among those of its machine.
+
+    Raises:
+        ValueError: there are fewer than processes.
+    """
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local >= torch.cuda.device_count():
+        raise ValueError(
+            f"LOCAL_RANK is {local}; expected a process for each of the {torch.cuda.device_count()} GPUs here"
+        )
+    return torch.device("cuda", local) if device.index is None or "LOCAL_RANK" in os.environ else device
+
+
+def choose_grid(config: TrainConfig, world_size: int) -> tuple[str, int]:
+    """The kind of parallelism of `config` on `world_size` processes, and its number of tensor ranks.
+
+    Raises:
+        ValueError: they do not go together.
+    """
+    kind = config.parallel
+    if kind == "auto":
+        kind = "none" if world_size == 1 else "ddp"
+    if kind == "none" and world_size > 1:
+        raise ValueError(
+            f"parallel is 'none', and there are {world_size} processes; expected ddp, fsdp, tp or fsdp+tp"
+        )
+    tensor_ranks = 1
+    if kind == "tp":
+        tensor_ranks = config.tensor_parallel or world_size
+        if tensor_ranks != world_size:
+            raise ValueError(
+                f"tensor_parallel is {tensor_ranks}, and there are {world_size} processes; expected as many, "
+                "or parallel 'fsdp+tp'"
+            )
+    elif kind == "fsdp+tp":
+        tensor_ranks = config.tensor_parallel or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        if world_size % tensor_ranks:
+            raise ValueError(
+                f"tensor_parallel is {tensor_ranks}; expected a divisor of the {world_size} processes"
+            )
+    elif config.tensor_parallel not in (None, 1):
+        raise ValueError(
+            f"tensor_parallel is {config.tensor_parallel} and parallel {kind!r}; only tp and fsdp+tp have it"
+        )
+    check_batch_size(config.batch_size, world_size // tensor_ranks)
+    if tensor_ranks > 1:
+        for name, size in (("heads", config.heads), ("dim * ff_mult", config.dim * config.ff_mult)):
+            if size % tensor_ranks:
+                raise ValueError(
+                    f"{name} is {size}; expected a multiple of the {tensor_ranks} processes that share it"
+                )
+        if config.dropout:
+            # Ranks draw the same numbers, for different heads.
+            raise ValueError(f"dropout is {config.dropout}; expected 0 with parallel {kind!r}")
+    return kind, tensor_ranks
+
+
+def check_batch_size(batch_size: int, data_ranks: int) -> None:
+    """Raise a ValueError unless each data rank gets as many sequences of a batch as any other."""
+    if batch_size % data_ranks:
+        raise ValueError(
+            f"batch_size is {batch_size}; expected a multiple of the {data_ranks} processes that share it"
+        )
+
+
+def parallelize(model: nn.Module, config: TrainConfig, parallel: Parallel) -> nn.Module:
+    """Spread `model` over the processes, in place, and return what a training step calls in its stead.
+
+    Everything else, evaluation, sampling, checkpoints and the optimizer, goes on using `model`: the names of
+    its parameters stay what they were. The two differ for "ddp" alone.
+
+    A model on the meta device gets memory for this process's share only, and the weights that `config.seed`
+    stands for: the same ones for any number of processes. Another keeps its weights, which must be the same
+    on every process.
+
+    Raises:
+        ValueError: the model's heads or inner width cannot be shared out.
+    """
+    if parallel.tensor_ranks > 1:
+        group = parallel.mesh.get_group("tensor")
+        for block in blocks(model):
+            split_over(block, parallel.tensor_rank, group)
+    layouts = {name: layout_of(parameter) for name, parameter in model.named_parameters()}
+    for block in blocks(model):
+        if config.compile:
+            block.forward = torch.compile(block.forward)  # not the hooks, of which FSDP has some
+        recompute(block, config.activation_checkpointing)
+
+    meta = any(parameter.is_meta for parameter in model.parameters())
+    if not meta:
+        model.to(parallel.device)
+    if "fsdp" in parallel.kind:
+        # No lower precision here: autocast casts what it casts in one process, so that both compute the
+        # same, with the stream, gains and gradients in float32. Weights travel in float32 for it.
+        for block in blocks(model):
+            fully_shard(block, mesh=parallel.mesh["data"])
+        fully_shard(model, mesh=parallel.mesh["data"])
+        model.register_forward_hook(reshard_unless_training)
+    if meta:
+        model.to_empty(device=parallel.device)
+    for name, parameter in model.named_parameters():
+        if layouts[name] is not None:  # which FSDP's parameters do not keep
+            parameter.tensor_layout = layouts[name]  # type: ignore[attr-defined]
+    if meta:
+        torch.manual_seed(config.seed)
+        with WholeDraws():
+            model.init_weights()  # type: ignore[operator]
+    if parallel.kind == "ddp":
+        return DistributedDataParallel(model, process_group=parallel.mesh.get_group("data"))
+    return model
+
+
+def reshard_unless_training(model: nn.Module, inputs: Any, out: Any) -> None:
+    """Embedding and final norm stay whole after a forward pass, for the backward pass to come. Where none
+    comes, `parameters` would go on giving the whole ones, of which the optimizer knows nothing."""
+    if isinstance(model, FSDPModule) and not torch.is_grad_enabled():
+        model.reshard()
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Those of a model, in order."""
+    return [block for part in model.children() if isinstance(part, nn.ModuleList) for block in part]
+
+
+# How weights are drawn. The functions of `nn.init` come here before the methods that they call.
+DRAWS = {Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.trunc_normal_}
+
+
+class WholeDraws(TorchFunctionMode):
+    """While entered, a parameter of which a process has a share is drawn as a whole, and the share kept.
+
+    So each process draws the numbers that one alone would, and has memory for one whole parameter at a time.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in DRAWS:
+            share, *options = (kwargs.pop("tensor"), *args) if "tensor" in kwargs else args
+            layout = layout_of(share)
+            whole_shape = share.shape if layout is None else layout.whole_shape(share.shape)
+            drawn = torch.empty(whole_shape, dtype=share.dtype, device=share.device)
+            fill(share, share, func(drawn, *options, **kwargs))
+            return share
+        return func(*args, **kwargs)
+
+
+def accumulating(network: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Around forward and backward of a slice of a step: gradients travel after the `last` one only.
+
+    network: of `parallelize`.
+    """
+    if isinstance(network, DistributedDataParallel) and not last:
+        return network.no_sync()
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(last)
+    return nullcontext()

@@ -1,0 +1,97 @@
+"""A folder's manifest: the size and the SHA-256 of each of its files, so that damage does not pass for data.
+
+One flipped byte loads silently in torch's own reader and in safetensors'.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+FILE = "manifest.json"
+CHUNK = 1 << 20
+
+
+class DamagedError(ValueError):
+    """A file is missing, cut short or changed."""
+
+
+def write_manifest(folder: Path, about: dict[str, Any]) -> None:
+    """Make every file of `folder` durable, and then the manifest, which has `about` for people too.
+
+    Raises:
+        OSError: a file could not be read or written.
+    """
+    files = {}
+    for path in sorted(path for path in folder.iterdir() if path.name != FILE):
+        sync(path)
+        files[path.name] = {"size": path.stat().st_size, "sha256": digest(path)}
+    content = {**about, "files": files}
+    write_durably(folder / FILE, json.dumps({**content, "sha256": digest_json(content)}, indent=1) + "\n")
+
+
+def check_manifest(folder: Path) -> None:
+    """Compare every file of `folder` with its manifest.
+
+    Raises:
+        DamagedError: one differs, or the manifest itself is missing or damaged. The message names it.
+    """
+    try:
+        content = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        if content.pop("sha256") != digest_json(content):
+            raise ValueError("it is not what was written")
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in content["files"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{folder / FILE} is missing or damaged ({error})") from error
+    for name, (size, _) in expected.items():  # quick ones first
+        path = folder / name
+        if not path.is_file():
+            raise DamagedError(f"{path} is missing")
+        if path.stat().st_size != size:
+            raise DamagedError(f"{path} is damaged: {path.stat().st_size:,} bytes, expected {size:,}")
+    for name, (_, sha256) in expected.items():
+        if digest(folder / name) != sha256:
+            raise DamagedError(f"{folder / name} is damaged: its SHA-256 is not that of the manifest")
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            total.update(chunk)
+    return total.hexdigest()
+
+
+def digest_json(content: dict[str, Any]) -> str:
+    """The SHA-256 of plain values, however a file spaces them."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, durable."""
+    if path.is_dir() and os.name != "posix":  # elsewhere folders cannot be opened, and need not be
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a file that, after a crash at any moment, is the old one or the new one, and whole."""
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)

@@ -1,0 +1,308 @@
+"""Tensor parallelism (Shoeybi et al. 2019, arXiv 1909.08053, section 3), put on the models from outside.
+
+    x --> norm --> f --> split projection --> own heads and features --> summed projection --> g --> (+)
+
+f is the identity whose gradient is summed over the ranks, g a sum over the ranks whose gradient is passed on.
+Query heads and inner features are split. The one key/value head of multi-query attention is on every rank;
+each rank knows the gradient from its own query heads only, so the gradient of the key's and value's weights
+is summed too, as is that of gains shared by all heads. Left out, nothing fails: ranks drift apart and learn
+something else. Embeddings, norms and logits are whole on every rank, and get the same gradient there.
+
+Shapes: t ranks; h heads; g key/value heads; d head dim; c model width; f inner width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from palm_pytorch.layers.attention import MultiQueryAttention
+from palm_pytorch.layers.feedforward import FeedForward
+from palm_pytorch.layers.norm import L2Norm
+from palm_pytorch.layers.relative_bias import T5RelativeBias
+from palm_pytorch.models.palm import ParallelBlock
+from palm_pytorch.models.palm_lite import ParallelLiteBlock
+from palm_pytorch.ops import AlibiBias
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a rank's parameter is cut out of that of the whole model: along `dim`, part by part.
+
+    widths: of the parts in the whole.  split: of which parts a rank has one share of `ranks`, not all.
+    group: of the ranks that have the whole between them.
+    """
+
+    dim: int
+    widths: tuple[int, ...]
+    split: tuple[bool, ...]
+    rank: int
+    ranks: int
+    group: ProcessGroup | None = None
+
+    @property
+    def local_widths(self) -> list[int]:
+        return [w // self.ranks if s else w for w, s in zip(self.widths, self.split, strict=True)]
+
+    def take(self, whole: Tensor) -> Tensor:
+        """This rank's share of a tensor of the whole model."""
+        parts = zip(whole.split(self.widths, self.dim), self.split, strict=True)
+        return torch.cat([p.chunk(self.ranks, self.dim)[self.rank] if s else p for p, s in parts], self.dim)
+
+    def join(self, shares: Sequence[Tensor]) -> Tensor:
+        """The whole again, of the shares of all ranks."""
+        parts = zip(*(share.split(self.local_widths, self.dim) for share in shares), strict=True)
+        cut = zip(parts, self.split, strict=True)
+        return torch.cat([torch.cat(p, self.dim) if s else p[0] for p, s in cut], self.dim)
+
+    def whole_shape(self, local: torch.Size) -> list[int]:
+        return [sum(self.widths) if dim == self.dim else size for dim, size in enumerate(local)]
+
+
+def layout_of(parameter: Tensor) -> Layout | None:
+    """How a parameter of a parallelized model is cut; None where every tensor rank has all of it."""
+    return getattr(parameter, "tensor_layout", None)
+
+
+# ------------------------------------------------------------------------------------- sums over the ranks
+
+
+def _summed(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+class _SumGradient(torch.autograd.Function):
+    """f."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _summed(grad, ctx.group), None
+
+
+class _Sum(torch.autograd.Function):
+    """g."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup | None) -> Tensor:
+        return _summed(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _SumGradientOfSharedRows(torch.autograd.Function):
+    """f for those rows of a weight that every rank has."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, layout: Layout) -> Tensor:
+        ctx.layout = layout
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        layout = ctx.layout
+        parts = zip(grad.split(layout.local_widths), layout.split, strict=True)
+        return torch.cat([part if split else _summed(part, layout.group) for part, split in parts]), None
+
+
+# -------------------------------------------------------------------------------------------------- layers
+
+
+class SplitLinear(nn.Linear):
+    """Rows of a linear layer: each part that is split, and all of the others.
+
+    `in_features` and `out_features` are those of the whole layer, which its initialisation goes by.
+    """
+
+    def __init__(self, whole: nn.Linear, layout: Layout) -> None:
+        super().__init__(whole.in_features, whole.out_features, whole.bias is not None, device="meta")
+        self.layout = layout
+        self.weight = share(whole.weight, layout)
+        if whole.bias is not None:
+            self.bias = share(whole.bias, layout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if not all(self.layout.split):
+            weight = _SumGradientOfSharedRows.apply(weight, self.layout)
+            if bias is not None:
+                bias = _SumGradientOfSharedRows.apply(bias, self.layout)
+        return F.linear(x, weight, bias)
+
+
+class SummedLinear(nn.Linear):
+    """Columns of a linear layer for the features of this rank, and the sum over all ranks.
+
+    `in_features` and `out_features` are those of the whole layer, which its initialisation goes by.
+    """
+
+    def __init__(self, whole: nn.Linear, layout: Layout) -> None:
+        super().__init__(whole.in_features, whole.out_features, whole.bias is not None, device="meta")
+        self.group = layout.group
+        self.weight, self.bias = share(whole.weight, layout), whole.bias
+        # Of a layer before it that leaves its own term for the same sum.
+        self.pending: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.linear(x, self.weight)
+        if self.pending is not None:
+            out, self.pending = out + self.pending, None
+        out = _Sum.apply(out, self.group)
+        return out if self.bias is None else out + self.bias
+
+
+class PendingLinear(nn.Linear):
+    """Columns of a linear layer whose output goes into the sum of `summed`, called next; it gives 0 itself.
+
+    So a parallel block, which adds both of its branches to the stream, waits for one sum instead of two.
+    """
+
+    def __init__(self, whole: nn.Linear, layout: Layout, summed: SummedLinear) -> None:
+        super().__init__(whole.in_features, whole.out_features, bias=False, device="meta")
+        self.weight = share(whole.weight, layout)
+        self._summed = [summed]  # in a list, so as not to become a module within this one
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.linear(x, self.weight)
+        self._summed[0].pending = out
+        return out.new_zeros(())
+
+
+def share(parameter: Tensor, layout: Layout) -> nn.Parameter:
+    local = nn.Parameter(layout.take(parameter.detach()), requires_grad=parameter.requires_grad)
+    local.tensor_layout = layout  # type: ignore[attr-defined]
+    return local
+
+
+def sum_gradients(module: nn.Module, group: ProcessGroup) -> None:
+    """Sum the gradients of a module's parameters, which each rank knows in part, over the ranks."""
+    plain = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        own = dict(module.named_parameters(recurse=False))
+        summed = {name: _SumGradient.apply(parameter, group) for name, parameter in own.items()}
+        module._parameters.update(summed)
+        try:
+            return plain(x)
+        finally:
+            module._parameters.update(own)
+
+    module.forward = forward
+
+
+# -------------------------------------------------------------------------------------------------- blocks
+
+
+def split_over(block: nn.Module, rank: int, group: ProcessGroup) -> None:
+    """Leave in a block of any of the models, in place, what tensor rank `rank` of `group` computes.
+
+    Raises:
+        ValueError: the ranks do not divide its heads or its inner width; nothing has been changed then.
+    """
+    cut = Cut(rank, dist.get_world_size(group), group)
+    if isinstance(block, ParallelBlock | ParallelLiteBlock):
+        cut.parallel_block(block)
+    else:
+        cut.block(block)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Cuts the share of one rank out of the layers of a block."""
+
+    rank: int
+    ranks: int
+    group: ProcessGroup
+
+    def layout(self, dim: int, widths: Sequence[int], split: Sequence[bool] | None = None) -> Layout:
+        split = [True] * len(widths) if split is None else split
+        return Layout(dim, tuple(widths), tuple(split), self.rank, self.ranks, self.group)
+
+    def check(self, what: str, size: int) -> None:
+        if size % self.ranks:
+            raise ValueError(
+                f"{what} is {size}; expected a multiple of the {self.ranks} processes that share it"
+            )
+
+    def sum_gradient_of_output(self, norm: nn.Module) -> None:
+        norm.register_forward_hook(lambda module, inputs, out: _SumGradient.apply(out, self.group))
+
+    def split(
+        self, linear: nn.Linear, widths: Sequence[int], split: Sequence[bool] | None = None
+    ) -> SplitLinear:
+        return SplitLinear(linear, self.layout(0, widths, split))
+
+    def summed(self, linear: nn.Linear) -> SummedLinear:
+        return SummedLinear(linear, self.layout(1, [linear.in_features]))
+
+    def parallel_block(self, block: ParallelBlock | ParallelLiteBlock) -> None:
+        self.check("heads", block.attn_out.in_features // block.dim_head)
+        self.check("inner width", block.ff_out.in_features)
+        # Queries; a key and a value, or one for both; value and gate of the feed-forward.
+        split = [True, *[False] * (len(block.widths) - 3), True, True]
+        self.sum_gradient_of_output(block.norm)
+        block.fused_proj = projection = self.split(block.fused_proj, block.widths, split)
+        block.widths = projection.layout.local_widths
+        block.ff_out = self.summed(block.ff_out)
+        layout = self.layout(1, [block.attn_out.in_features])
+        block.attn_out = PendingLinear(block.attn_out, layout, block.ff_out)
+        for norm in (block.q_norm, block.k_norm):
+            if isinstance(norm, L2Norm):
+                sum_gradients(norm, self.group)
+        if isinstance(block, ParallelLiteBlock):
+            block.register_forward_pre_hook(self.own_slopes)
+
+    def own_slopes(self, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments of a block, with the slopes of this rank's heads for those of all."""
+        x, alibi, *rest = inputs
+        return (x, AlibiBias(alibi.slopes.chunk(self.ranks)[self.rank]), *rest)
+
+    def block(self, block: Any) -> None:
+        """One after the other: attention, with or without a bias or a prefix, and feed-forward."""
+        self.check_attention(block.attn)
+        self.check("inner width", block.ff[-1].in_features)
+        for name in ("attn_norm", "prefix_norm", "ff_norm"):
+            if hasattr(block, name):
+                self.sum_gradient_of_output(getattr(block, name))
+        self.attention(block.attn)
+        self.feedforward(block.ff)
+        if hasattr(block, "relative_bias"):
+            self.relative_bias(block.relative_bias)
+
+    def check_attention(self, attention: MultiQueryAttention) -> None:
+        self.check("heads", attention.to_q.out_features // attention.dim_head)
+        kv_heads = attention.to_kv.out_features // attention.dim_head // 2
+        if kv_heads > 1:
+            self.check("key/value heads", kv_heads)
+
+    def attention(self, attention: MultiQueryAttention) -> None:
+        width = attention.to_kv.out_features // 2
+        split = width > attention.dim_head
+        attention.to_q = self.split(attention.to_q, [attention.to_q.out_features])
+        attention.to_kv = self.split(attention.to_kv, [width, width], [split, split])
+        attention.to_out = self.summed(attention.to_out)
+
+    def feedforward(self, feedforward: FeedForward) -> None:
+        into, out = feedforward[0], feedforward[-1]
+        assert isinstance(into, nn.Linear) and isinstance(out, nn.Linear)
+        # A value and a gate, or one without gate.
+        widths = [out.in_features] * (into.out_features // out.in_features)
+        feedforward[0], feedforward[-1] = self.split(into, widths), self.summed(out)
+
+    def relative_bias(self, bias: T5RelativeBias) -> None:
+        bias.table = share(bias.table, self.layout(1, [bias.table.shape[1]]))

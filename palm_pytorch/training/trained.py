@@ -1,0 +1,205 @@
+"""A trained model and its tokenizer, from a run or from a folder of `save_pretrained`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from palm_pytorch import from_pretrained
+from palm_pytorch.checkpoints import find_tokenizer
+from palm_pytorch.checkpoints.convert import read_model
+from palm_pytorch.data.tokenizer import ByteTokenizer, Tokenizer, expect_tokenizer, stored_tokenizer
+from palm_pytorch.models.language_model import LanguageModel
+from palm_pytorch.training.architecture import build_model
+from palm_pytorch.training.checkpoint import (
+    find_checkpoint,
+    load_weights,
+    read_about,
+    step_folder,
+    step_of,
+)
+from palm_pytorch.training.config import TrainConfig
+from palm_pytorch.training.machine import select_device, select_precision
+from palm_pytorch.training.options import POSITIVE, SEED, check_options, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, and where.
+
+    Raises:
+        TypeError, ValueError: an option has the wrong type or breaks its rule.
+    """
+
+    checkpoint: str = option(
+        "model",
+        "a run's folder, one of its checkpoints, or a folder of `save_pretrained`; 'auto' is the newest run "
+        "under runs/",
+        default="auto",
+    )
+    device: str = option("model", "'auto' (a GPU if there is one), or PyTorch's name for it", default="auto")
+    precision: Literal["auto", "float32", "bfloat16"] = option(
+        "model", "of weights; 'auto' is bfloat16 where the processor is fast at it", default="auto"
+    )
+
+    max_new_tokens: int = option("text", "tokens to write, at most", POSITIVE, default=256)
+    temperature: float = option("text", "divides the logits; 0 takes the likeliest token", default=1.0)
+    top_k: int | None = option("text", "draw from the likeliest so many", default=None)
+    seed: int | None = option("text", "of the draws (default: another one each time)", SEED, default=None)
+
+    def __post_init__(self) -> None:
+        check_options(type(self), {spec.name: getattr(self, spec.name) for spec in fields(self)})
+
+    def sampling(self, device: torch.device) -> dict[str, Any]:
+        """Those of the options that `generate` takes by the same name, and a generator."""
+        generator = torch.Generator(device)
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        texts = [spec.name for spec in fields(self) if spec.metadata["group"] == "text"]
+        given = {name: getattr(self, name) for name in texts if name != "seed"}
+        return given | {"generator": generator}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model and its tokenizer, in eval mode.
+
+    Attributes:
+        seq_len: of the sequences that it was trained on; None if that is not known, as of a saved model.
+        dialog: whether these were conversations; None likewise.
+        checkpoint: of the run that it is of, in full; None of a saved model.
+        options: of that run.
+    """
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    seq_len: int | None = None
+    dialog: bool | None = None
+    checkpoint: Path | None = None
+    options: Mapping[str, Any] | None = None
+
+    @property
+    def run(self) -> Path | None:
+        """The folder of the run that it is of, if it is of one."""
+        return None if self.checkpoint is None else self.checkpoint.parent.parent
+
+    @property
+    def step(self) -> int | None:
+        """How many steps the run had done."""
+        return None if self.checkpoint is None else step_of(self.checkpoint)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.token_emb.weight.device
+
+
+def load_trained(options: ModelOptions) -> Trained:
+    """The model that the options name, on their device.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint or model.
+        ValueError: its tokenizer is not the one that it was trained with, or is missing.
+    """
+    device = select_device(options.device)
+    dtype = select_precision(options.precision, device)
+    folder = Path(options.checkpoint)
+    if options.checkpoint == "auto" or not any(folder.glob("*.safetensors")):
+        trained = load_run(options.checkpoint)
+        trained.model.to(device, dtype).eval()
+        return trained
+    model: LanguageModel = from_pretrained(folder, device=device, dtype=dtype)
+    tokenizer = known_tokenizer(model, find_tokenizer(folder), f"checkpoint {folder}")
+    return Trained(model, tokenizer, model.config.get("max_seq_len"))
+
+
+def load_run(checkpoint: str) -> Trained:
+    """The model of a run's newest checkpoint or, as `RUN/best`, the best by validation; of the one named; or
+    of the newest run ("auto"). On the CPU.
+    """
+    try:
+        folder = run_checkpoint(checkpoint)
+    except FileNotFoundError:
+        folder = None
+    if folder is None:
+        where = "under runs/" if checkpoint == "auto" else "there"
+        raise FileNotFoundError(
+            f"checkpoint is {checkpoint!r}, but there is neither a complete checkpoint of a run nor a saved "
+            f"model {where}"
+        )
+    folder = folder.resolve()
+    run, about = folder.parent.parent, read_about(folder)
+    config = TrainConfig.for_machine(**about["config"])
+    tokenizer = stored_tokenizer(run) or ByteTokenizer()
+    expect_tokenizer(tokenizer, about["data"]["tokenizer"], f"the run in {run}")
+    model = build_model(config, tokenizer.num_tokens)
+    load_weights(folder, model)
+    assert isinstance(model, LanguageModel)
+    return Trained(model.eval(), tokenizer, config.seq_len, about["data"]["dialog"], folder, asdict(config))
+
+
+def run_checkpoint(name: str) -> Path | None:
+    """The checkpoint of a run that `name` means, as for `load_run`; None if none is there.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(name)
+    if path.name != "best" or path.exists():
+        return find_checkpoint(name, None)
+    newest = find_checkpoint(str(path.parent), None)
+    best = None if newest is None else read_about(newest)["state"]["best_step"]
+    return newest if best is None else find_checkpoint(str(step_folder(path.parent, best)), None)
+
+
+def is_run(source: str) -> bool:
+    """Whether `source` is a run's folder, its best, or one of its checkpoints."""
+    path = Path(source)
+    folders = (path, path.parent if path.name == "best" else path)
+    return step_of(path) >= 0 or any((folder / "checkpoints").is_dir() for folder in folders)
+
+
+def load_any(source: str, *, dtype: torch.dtype | None = None, **config: Any) -> Trained:
+    """The model of anything that has weights, on the CPU: what `load_run` or `read_model` takes.
+
+    dtype, config: as for `read_model`; a run tells them all.
+
+    Raises:
+        FileNotFoundError, ValueError: as those two; or the model has a tokenizer that did not come with it.
+    """
+    if source == "auto" or is_run(source):
+        if config:
+            raise ValueError(f"{', '.join(config)} cannot be given for {source}, a run, which tells them")
+        trained = load_run(source)
+        trained.model.to(dtype or torch.float32)
+        return trained
+    model, tokenizer = read_model(source, dtype=dtype, **config)
+    return Trained(model, known_tokenizer(model, tokenizer, source), model.config.get("max_seq_len"))
+
+
+def read_any(source: str, **options: Any) -> tuple[LanguageModel, Tokenizer | None]:
+    """As `read_model`, and of runs too."""
+    if not is_run(source):
+        return read_model(source, **options)
+    trained = load_any(source, **options)
+    return trained.model, trained.tokenizer
+
+
+def known_tokenizer(model: LanguageModel, tokenizer: Tokenizer | None, source: str) -> Tokenizer:
+    """The tokenizer, if there is one, or else bytes for a model that has as many tokens.
+
+    Raises:
+        ValueError: it has not.
+    """
+    num_tokens = model.config["num_tokens"]
+    if tokenizer is None and num_tokens != ByteTokenizer.num_tokens:
+        raise ValueError(
+            f"{source} is a model of {num_tokens:,} tokens with no tokenizer; expected one in its folder, or "
+            f"a model of {ByteTokenizer.num_tokens} bytes"
+        )
+    return tokenizer or ByteTokenizer()
