@@ -8,6 +8,7 @@ from pathlib import Path
 import distributed_training as cases
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import environment
 from torch._C._distributed_c10d import HashStore, Store
 
@@ -45,6 +46,8 @@ def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    if dist.is_initialized():  # by a run of another test, and a process has one group
+        dist.destroy_process_group()
     with socket.socket() as server:
         server.bind(("", 0))
         server.listen()

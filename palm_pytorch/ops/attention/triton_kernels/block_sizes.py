@@ -39,7 +39,7 @@ HOPPER = {
     256: Blocks(Launch(128, 32, 8, 2), Launch(16, 64, 4, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 1)),
 }
 BLACKWELL = HOPPER | {
-    64: HOPPER[64]._replace(keys=Launch(128, 64, 4, 2)),
+    64: HOPPER[64]._replace(forward=Launch(128, 64, 8, 2)),
     256: HOPPER[256]._replace(keys=Launch(64, 64, 8, 1)),
 }
 # On any of them, and not tuned. 256 dims spill 40 to 500 bytes a thread, in larger blocks or with fewer warps
