@@ -55,7 +55,13 @@ def open_dataset(
             `prepare` and `PackedDataset`.
     """
     folder = None if source is None else Path(source).expanduser()
-    if folder is not None and is_array(folder):
+    array = folder is not None and is_array(folder)
+    dialog = (
+        folder is not None and not array and folder.exists() and not is_prepared(folder) and is_dialog(folder)
+    )
+    if (array or dialog) and documents == "across":
+        raise ValueError(f"documents is 'across'; expected 'inside' for {source}, which has no running text")
+    if folder is not None and array:
         if num_values is None:
             raise ValueError(f"{folder}: expected num_tokens beside it, as 256 for bytes of pictures")
         integers = open_array(folder, num_values, seq_len=seq_len, dtype=dtype)
@@ -67,7 +73,7 @@ def open_dataset(
             f"num_tokens is {num_values} and data_dtype {dtype!r}; expected neither for {source}, only for a "
             ".npy or .bin file"
         )
-    if folder is not None and folder.exists() and not is_prepared(folder) and is_dialog(folder):
+    if folder is not None and dialog:
         return DialogDataset(folder, tokenizer or ByteTokenizer(), seq_len)
     if folder is None or not is_prepared(folder):
         found = open_text(

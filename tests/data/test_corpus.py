@@ -148,8 +148,11 @@ def test_stops_reading_what_is_longer_than_expected(tmp_path: Path, mirrors: Mir
 
 
 def test_ctrl_c_leaves_nothing(tmp_path: Path, mirrors: Mirrors) -> None:
+    # The handler, because a process started in the background of a script has none.
     program = f"""
+import signal
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from palm_pytorch.data.corpus import Expected, Published, find_or_download
 find_or_download({mirrors.published("stalls")!r}, Path({str(tmp_path)!r}))
 """

@@ -85,3 +85,12 @@ def test_another_tokenizer_is_refused(jsonl: Path, tmp_path: Path) -> None:
 def test_attention_across_documents(jsonl: Path, tmp_path: Path) -> None:
     data = open_here(jsonl, tmp_path / "data", documents="across")
     assert data.batch(seed=0, index=0, rows=range(4)).document_ids is None
+
+
+def test_what_is_no_running_text_has_nothing_to_reach_across(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros(1000, dtype=np.uint8))
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+    (tmp_path / "chats.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 50)
+    for name, more in (("a.npy", {"num_values": 2}), ("chats.jsonl", {})):
+        with pytest.raises(ValueError, match=f"documents is 'across'; expected 'inside' for .*{name}"):
+            open_here(tmp_path / name, tmp_path / "data", documents="across", **more)

@@ -135,7 +135,12 @@ def test_half_a_surrogate_in_json_is_kept_as_bytes(tmp_path: Path) -> None:
             r"a\.jsonl\.gz is cut short",
         ),
         ("a.parquet", b"PAR1 and nothing more", ValueError, r"a\.parquet is damaged, or not a parquet file"),
-        ("a.parquet.gz", gzip.compress(b"PAR1", mtime=0), ValueError, r"a\.parquet\.gz is compressed as a whole"),
+        (
+            "a.parquet.gz",
+            gzip.compress(b"PAR1", mtime=0),
+            ValueError,
+            r"a\.parquet\.gz is compressed as a whole",
+        ),
         ("a.txt", b"", ValueError, r"a\.txt is empty"),
     ],
 )

@@ -178,7 +178,9 @@ def exact(case: Case, dtype: torch.dtype) -> Exact:
         size[name] = max(size[name], 0.03 * size["dv"])
     if bias is not None and problem.table is not None:
         (summed,) = torch.autograd.grad(t5_bias(table, *T5[str(case.bias)][1:], i, j), table, grads[-1].abs())
-        size["dtable"] = max(size["dtable"], 0.1 * rms(summed))
+        # A table's gradient is so many times that of the scores, and so is what cancels in it.
+        amplified = 0.03 * size["dv"] * abs(T5[str(case.bias)][2])
+        size["dtable"] = max(size["dtable"], 0.1 * rms(summed), amplified)
     return Exact(results, size)
 
 
