@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from palm_pytorch.data.duplicates import Seen
 from palm_pytorch.data.sources import Document
@@ -18,6 +18,7 @@ BLOCK = 1 << 20  # bytes of text
 PIECES = 1 << 12  # and at most so many pieces, where documents are short
 SLICE = 1 << 16
 SPLITS = ("train", "valid", "test")
+FEW = 200  # documents, below which chance may well leave a split empty
 
 
 class Piece(NamedTuple):
@@ -38,6 +39,7 @@ def document_blocks(
     dropped: Counter[str],
     *,
     deduplicate: bool = False,
+    chosen: Mapping[bytes, int] | None = None,
 ) -> Iterator[Block]:
     """The documents in blocks, split by what they say; empty ones and, if asked, duplicates are dropped.
 
@@ -48,12 +50,13 @@ def document_blocks(
         shares: of all documents, to validate and to test on.
         dropped: counts what is dropped, as "empty" and "duplicates".
         deduplicate: by 128-bit BLAKE2b; takes 16 bytes of memory for each document.
+        chosen: the splits of documents, by their hashes, where `shares` are not to decide; of `few_splits`.
     """
     seen = Seen() if deduplicate else None
 
     def pieces() -> Iterator[Piece]:
         for document in documents:
-            digest, size, text = hashlib.blake2b(digest_size=16), 0, b""
+            digest, size, text = new_digest(), 0, b""
             for chunk in document():
                 digest.update(chunk)
                 size += len(chunk)
@@ -63,7 +66,7 @@ def document_blocks(
             elif seen is not None and not seen.add(digest.digest()):
                 dropped["duplicates"] += 1
             else:
-                split = split_of(digest.digest(), shares)
+                split = split_of(digest.digest(), shares) if chosen is None else chosen[digest.digest()]
                 if size <= BLOCK:
                     yield Piece(text, split, True, True)
                 else:
@@ -82,6 +85,48 @@ def split_of(digest: bytes, shares: tuple[float, float]) -> int:
     place = int.from_bytes(digest[:8], "little") / 2**64
     valid, test = shares
     return 1 if place < valid else 2 if place < valid + test else 0
+
+
+def few_splits(documents: Iterable[Document], shares: tuple[float, float]) -> dict[bytes, int] | None:
+    """The splits of documents, by their hashes, if there are few; None if there are `FEW` or more.
+
+    In the order of their hashes they go to "valid" until that has its share of all bytes, then likewise to
+    "test". The largest is always trained on.
+
+    Raises:
+        ValueError: there are fewer than three.
+    """
+    sizes: dict[bytes, int] = {}
+    for document in documents:
+        digest, size = new_digest(), 0
+        for chunk in document():
+            digest.update(chunk)
+            size += len(chunk)
+        if size:
+            sizes[digest.digest()] = size
+        if len(sizes) >= FEW:
+            return None
+    if 0 < len(sizes) < 3:
+        raise ValueError(
+            f"documents: {len(sizes)} different ones; expected three or more, to train, validate and test "
+            "on, or a single file of plain text, which is split by position"
+        )
+    if not sizes:
+        return {}
+    splits = dict.fromkeys(sizes, 0)
+    waiting = sorted(sizes.keys() - {max(sizes, key=lambda digest: (sizes[digest], digest))}, reverse=True)
+    for split, share in enumerate(shares, start=1):
+        taken = 0
+        while len(waiting) > len(shares) - split and (not taken or taken < share * sum(sizes.values())):
+            digest_of = waiting.pop()
+            splits[digest_of] = split
+            taken += sizes[digest_of]
+    return splits
+
+
+def new_digest() -> Any:
+    """What a document is recognised by."""
+    return hashlib.blake2b(digest_size=16)
 
 
 def cut(chunks: Iterable[bytes]) -> Iterator[bytes]:

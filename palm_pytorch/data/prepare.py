@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from palm_pytorch.data.blocks import Block, character_start, document_blocks, text_blocks
+from palm_pytorch.data.blocks import Block, character_start, document_blocks, few_splits, text_blocks
 from palm_pytorch.data.corpus import Corpus
 from palm_pytorch.data.encoding import encode_blocks
 from palm_pytorch.data.shards import HELD_OUT, Manifest, Part, PartWriter, file_digest, write_json
@@ -60,7 +60,8 @@ def prepare(
 ) -> Manifest:
     """Make tokens of `source` and store them in `folder`, which is made; gives its manifest.
 
-    The documents of a `Source` are split by a hash of their bytes, and each ends in an end token.
+    The documents of a `Source` are split by a hash of their bytes (a few: in the order of these, so that no
+    split stays empty), and each ends in an end token.
     A `Corpus` is one running text: 90% to train on, then 5% to validate and 5% to test, and no end tokens.
 
     Args:
@@ -99,11 +100,14 @@ def prepare(
         if folder.exists() and any(folder.iterdir()):
             raise FileExistsError(f"{folder} exists and is not empty; expected a new folder")
         partial, progress = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "progress"))
+        chosen = None
+        if isinstance(source, Source) and is_small(source):
+            chosen = few_splits(islice(source.documents(), max_documents), shares)
         done = _resume(partial, progress, json.loads(json.dumps(request)), tokenizer)
         dropped: Counter[str] = Counter({"empty": 0, "duplicates": 0})
         if isinstance(source, Source):
             found = islice(source.documents(), max_documents)
-            blocks = document_blocks(found, shares, dropped, deduplicate=deduplicate)
+            blocks = document_blocks(found, shares, dropped, deduplicate=deduplicate, chosen=chosen)
         else:
             blocks = _corpus_blocks(source)
         try:
@@ -160,14 +164,17 @@ def _check_options(
             if value is not None:
                 raise ValueError(f"{name}={value}: {source.origin} is one text, and is split 90%, 5%, 5%")
         return 0.05, 0.05
-    small = source.num_bytes is not None and source.num_bytes <= SMALL
-    share = 0.05 if small else 0.005
+    share = 0.05 if is_small(source) else 0.005
     valid, test = (share if given is None else given for given in (valid_share, test_share))
     if not (valid > 0 and test > 0 and valid + test < 1):
         raise ValueError(f"valid_share={valid}, test_share={test}: expected above 0, and below 1 together")
     if tokenizer.eos_token is None:
         raise ValueError(f"tokenizer: {tokenizer} has no end token, and documents are to be kept apart by it")
     return valid, test
+
+
+def is_small(source: Source) -> bool:
+    return source.num_bytes is not None and source.num_bytes <= SMALL
 
 
 def _corpus_blocks(corpus: Corpus) -> Iterator[Block]:

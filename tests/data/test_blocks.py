@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from palm_pytorch.data import blocks
-from palm_pytorch.data.blocks import Piece, cut, document_blocks, split_of, text_blocks
+from palm_pytorch.data.blocks import FEW, Piece, cut, document_blocks, few_splits, split_of, text_blocks
 from palm_pytorch.data.duplicates import Seen
 
 
@@ -104,3 +104,33 @@ def test_digests_are_remembered_at_sixteen_bytes_each(monkeypatch: pytest.Monkey
         known.add(digest)
     assert sum(array.nbytes for array in seen.sorted) == 16 * (len(known) - len(seen.fresh))
     assert len(seen.sorted) < 12 and len(seen.fresh) < 10
+
+
+def digest_of(text: bytes) -> bytes:
+    return hashlib.blake2b(text, digest_size=16).digest()
+
+
+@pytest.mark.parametrize("count", [3, 4, 7, 40, FEW - 1])
+def test_few_documents_leave_no_split_empty(count: int) -> None:
+    """Whatever their hashes and sizes, and whatever order they come in; the largest is trained on."""
+    for seed in range(30):
+        rng = random.Random(seed)
+        texts = [rng.randbytes(rng.choice([20, 300, 5000])) for _ in range(count)]
+        splits = few_splits([document(text[:9], text[9:]) for text in texts], (0.05, 0.1))
+        assert splits is not None and set(splits) == set(map(digest_of, texts))
+        assert set(splits.values()) == {0, 1, 2}
+        assert any(splits[digest_of(text)] == 0 for text in texts if len(text) == max(map(len, texts)))
+        rng.shuffle(texts)
+        assert few_splits([document(text) for text in [*texts, b"", texts[0]]], (0.05, 0.1)) == splits
+        total, ordered = sum(map(len, texts)), sorted(texts, key=digest_of)
+        valid = [text for text in ordered if splits[digest_of(text)] == 1]
+        assert sum(map(len, valid[:-1])) < 0.05 * total  # no more than are needed
+        if count == FEW - 1:
+            assert sum(map(len, valid)) >= 0.05 * total
+
+
+def test_many_documents_are_left_to_their_hashes() -> None:
+    assert few_splits([document(b"%d" % number) for number in range(FEW)], (0.05, 0.05)) is None
+    assert few_splits([document(b"")], (0.05, 0.05)) == {}
+    with pytest.raises(ValueError, match="documents: 2 different ones; expected three or more"):
+        few_splits([document(b"a"), document(b"b"), document(b"b")], (0.05, 0.05))

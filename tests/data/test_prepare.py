@@ -282,7 +282,7 @@ def test_what_was_stopped_is_not_continued_as_something_else(
     with pytest.raises(ValueError, match=r"\.out\.partial is an unfinished preparation of another options;"):
         prepare(open_source(jsonl), tmp_path / "out", shard_tokens=9001)
     other = tmp_path / "other.jsonl"
-    other.write_text('{"text": "other"}\n')
+    other.write_text("".join(f'{{"text": "other {number}"}}\n' for number in range(3)))
     with pytest.raises(ValueError, match="of another source"):
         prepare(open_source(other), tmp_path / "out", shard_tokens=9000)
     assert (tmp_path / ".out.partial" / "train-00002.bin").exists()
@@ -368,6 +368,17 @@ def test_one_text_has_no_documents_to_choose(tmp_path: Path) -> None:
 def test_no_more_documents_than_asked_for(jsonl: Path, tmp_path: Path) -> None:
     manifest = prepare(open_source(jsonl), tmp_path / "out", max_documents=50)
     assert sum(manifest.totals(split)["documents"] for split in ("train", "valid", "test")) == 50
+
+
+def test_a_few_files_are_enough(tmp_path: Path) -> None:
+    texts = {f"{number}.txt": f"text {number}\n" * 100 for number in range(4)}
+    (tmp_path / "texts").mkdir()
+    for name, text in texts.items():
+        (tmp_path / "texts" / name).write_text(text)
+    manifest = prepare(open_source(tmp_path / "texts"), tmp_path / "out")
+    assert [manifest.totals(split)["documents"] for split in ("train", "valid", "test")] == [2, 1, 1]
+    found = b"".join(stream(tmp_path / "out", split) for split in ("train", "valid", "test"))
+    assert sorted(found.split(END)) == sorted([b"", *(text.encode() for text in texts.values())])
 
 
 def test_nothing_is_written_over_and_nothing_comes_of_nothing(jsonl: Path, tmp_path: Path) -> None:
