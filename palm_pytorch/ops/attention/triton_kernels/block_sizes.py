@@ -27,7 +27,7 @@ class Blocks(NamedTuple):
 # benchmarks/kernels.py shows: the largest blocks, then more warps. `AMPERE` also fits the 99 KB of shared
 # memory of compute capability 8.6, 8.9 and 12.x.
 AMPERE = {
-    64: Blocks(Launch(128, 64, 8, 3), Launch(16, 128, 4, 3), Launch(128, 64, 8, 3), Launch(64, 128, 8, 3)),
+    64: Blocks(Launch(128, 64, 8, 3), Launch(16, 128, 4, 3), Launch(128, 64, 8, 3), Launch(64, 128, 8, 2)),
     128: Blocks(Launch(128, 32, 8, 3), Launch(16, 64, 4, 3), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2)),
     256: Blocks(Launch(64, 32, 8, 2), Launch(16, 64, 4, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2)),
 }
