@@ -11,8 +11,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from palm_pytorch.checkpoints.native import sha256
+
 FILE = "manifest.json"
-CHUNK = 1 << 20
 
 
 class DamagedError(ValueError):
@@ -28,7 +29,7 @@ def write_manifest(folder: Path, about: dict[str, Any]) -> None:
     files = {}
     for path in sorted(path for path in folder.iterdir() if path.name != FILE):
         sync(path)
-        files[path.name] = {"size": path.stat().st_size, "sha256": digest(path)}
+        files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
     content = {**about, "files": files}
     write_durably(folder / FILE, json.dumps({**content, "sha256": digest_json(content)}, indent=1) + "\n")
 
@@ -52,18 +53,9 @@ def check_manifest(folder: Path) -> None:
             raise DamagedError(f"{path} is missing")
         if path.stat().st_size != size:
             raise DamagedError(f"{path} is damaged: {path.stat().st_size:,} bytes, expected {size:,}")
-    for name, (_, sha256) in expected.items():
-        if digest(folder / name) != sha256:
+    for name, (_, expected_sum) in expected.items():
+        if sha256(folder / name) != expected_sum:
             raise DamagedError(f"{folder / name} is damaged: its SHA-256 is not that of the manifest")
-
-
-def digest(path: Path) -> str:
-    """The SHA-256 of a file."""
-    total = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            total.update(chunk)
-    return total.hexdigest()
 
 
 def digest_json(content: dict[str, Any]) -> str:

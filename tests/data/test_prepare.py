@@ -182,6 +182,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(jsonl: Path, tmp_path:
         kills += process.exitcode == -signal.SIGKILL
     assert kills >= 3
     assert files(folder) == files(tmp_path / "undisturbed")
+    left = {path.name for path in tmp_path.iterdir() if "killed" in path.name}
+    assert left <= {"killed", ".killed.lock", ".killed.progress"}
 
 
 PROGRAM = """
