@@ -264,7 +264,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     device = select_device(arguments.device)
-    machine = Machine(device, select_precision("auto", device))
+    machine = Machine(device, select_precision("auto", device, reading=True))
     warn_if_busy()
     cases = [case for case in CASES if case.model in arguments.models]
     if arguments.quick:

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from palm_pytorch.training.machine import select_device
+from palm_pytorch.training.machine import select_device, select_precision
 from palm_pytorch.training.options import (
     FRACTION,
     NOT_NEGATIVE,
@@ -160,7 +160,7 @@ class TrainConfig:
         "machine", "'auto' (a GPU if there is one), or PyTorch's name for it", default="auto"
     )
     precision: Literal["auto", "float32", "bfloat16"] = option(
-        "machine", "of matrix products; 'auto' is bfloat16 where the processor is fast at it", default="auto"
+        "machine", "of matrix products; 'auto' is bfloat16 where that is faster", default="auto"
     )
     seed: int = option("machine", "decides weights, order of data, dropout and samples", SEED, default=42)
 
@@ -262,7 +262,8 @@ class TrainConfig:
             TypeError, ValueError: as the class; an option that does not exist; a device that is not there.
         """
         check_options(cls, given)
-        kind = "cpu" if select_device(given.get("device", "auto")).type == "cpu" else "gpu"
+        device = select_device(given.get("device", "auto"))
+        kind = "cpu" if device.type == "cpu" else "gpu"
         machine = {spec.name: spec.metadata[kind] for spec in fields(cls) if kind in spec.metadata}
         filled = {**machine, **recipe_options(given), **given}
         filled.setdefault("model", "palm")
@@ -275,6 +276,10 @@ class TrainConfig:
             "perceive_depth": 1 if perceiver else None,
             "out": f"runs/{filled['model']}-{time.strftime('%Y%m%d-%H%M%S')}",
         }
+        if filled.get("precision", "auto") == "auto":
+            # Decided once: what is measured anew for a resumed run might come out otherwise.
+            precision = select_precision("auto", device)
+            filled["precision"] = str(precision).removeprefix("torch.")
         return cls(**(derived | filled))
 
     @property

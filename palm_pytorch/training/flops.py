@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from functools import cache
-
 import torch
 from torch import nn
 
 from palm_pytorch.models.language_model import LanguageModel
+from palm_pytorch.training.machine import measured_flops
 
 # FLOP/s of matrix products in bfloat16 (into float32) and in float32 (not TF32), dense: data sheets that give
 # the rate with sparsity mean twice that. NVIDIA's data sheets of the products; for the GeForce cards the
@@ -75,24 +73,3 @@ def peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
     if precision == torch.bfloat16:
         return known[0]
     return known[1] if torch.get_float32_matmul_precision() == "highest" else None
-
-
-@cache
-def measured_flops(precision: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
-    """FLOP/s of the fastest product of two square matrices on this CPU, with the threads that PyTorch has.
-
-    At 1024 this is within a few percent of what larger ones reach.
-    """
-    a, b = (torch.ones(size, size, dtype=precision) for _ in range(2))
-    best, until = float("inf"), time.perf_counter() + seconds
-    for _ in range(3):
-        best = min(best, timed_product(a, b))
-    while time.perf_counter() < until:
-        best = min(best, timed_product(a, b))
-    return 2 * size**3 / best
-
-
-def timed_product(a: torch.Tensor, b: torch.Tensor) -> float:
-    started = time.perf_counter()
-    torch.mm(a, b)
-    return time.perf_counter() - started

@@ -107,7 +107,7 @@ def load_trained(options: ModelOptions) -> Trained:
         ValueError: its tokenizer is not the one that it was trained with, or is missing.
     """
     device = select_device(options.device)
-    dtype = select_precision(options.precision, device)
+    dtype = select_precision(options.precision, device, reading=True)
     folder = Path(options.checkpoint)
     if options.checkpoint == "auto" or not any(folder.glob("*.safetensors")):
         trained = load_run(options.checkpoint)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from palm_pytorch.training import config
+from palm_pytorch.training import config, machine
 from palm_pytorch.training.config import TrainConfig, model_options
 from palm_pytorch.training.machine import select_device, select_precision
 
@@ -26,9 +26,10 @@ def test_defaults_are_those_of_the_machine(
     device: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(config, "select_device", lambda name: torch.device(device))
+    monkeypatch.setattr(config, "select_precision", lambda name, device: torch.bfloat16)
     made = TrainConfig.for_machine()
     assert (made.dim, made.depth, made.heads, made.dim_head, made.seq_len) == shape
-    assert (made.model, made.device, made.precision) == ("palm", "auto", "auto")
+    assert (made.model, made.device, made.precision) == ("palm", "auto", "bfloat16")
 
 
 def test_what_follows_from_other_options() -> None:
@@ -124,14 +125,28 @@ def test_a_missing_gpu_is_named() -> None:
         ({"avx2": True, "avx512_bf16": False}, torch.float32),
     ],
 )
-def test_auto_precision_is_bfloat16_where_the_processor_has_it(
+def test_auto_precision_is_bfloat16_where_the_processor_is_faster_at_it(
     capabilities: dict[str, bool], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Weights that only have to be read are half as many bytes wherever the instructions are there."""
+    cpu, rates = torch.device("cpu"), {torch.float32: 2.0, torch.bfloat16: 3.0}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    assert select_precision("auto", torch.device("cpu")) == expected
-    assert select_precision("float32", torch.device("cpu")) == torch.float32
-    assert select_precision("bfloat16", torch.device("cpu")) == torch.bfloat16
+    monkeypatch.setattr(machine, "measured_flops", rates.__getitem__)
+    assert select_precision("auto", cpu) == select_precision("auto", cpu, reading=True) == expected
+    rates[torch.bfloat16] = 1.0
+    assert select_precision("auto", cpu) == torch.float32
+    assert select_precision("auto", cpu, reading=True) == expected
+    assert select_precision("float32", cpu) == torch.float32
+    assert select_precision("bfloat16", cpu) == torch.bfloat16
+
+
+def test_auto_precision_is_decided_with_the_other_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run has what its config says, whatever is measured then."""
+    monkeypatch.setattr(config, "select_precision", lambda name, device: torch.bfloat16)
+    assert TrainConfig.for_machine(device="cpu").precision == "bfloat16"
+    assert TrainConfig.for_machine(device="cpu", precision="auto").precision == "bfloat16"
+    assert TrainConfig.for_machine(device="cpu", precision="float32").precision == "float32"
 
 
 def test_auto_precision_with_a_pytorch_that_does_not_tell_capabilities(
@@ -142,6 +157,7 @@ def test_auto_precision_with_a_pytorch_that_does_not_tell_capabilities(
     assert select_precision("auto", torch.device("cpu")) == torch.float32
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr(machine, "measured_flops", lambda dtype: dtype.itemsize**-1)
     assert select_precision("auto", torch.device("cpu")) == torch.bfloat16
 
 

@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from palm_pytorch import LaMDA, PaLM, PaLMLite, PerceiverAR, preset
 from palm_pytorch.models.language_model import LanguageModel
-from palm_pytorch.training import flops
-from palm_pytorch.training.flops import measured_flops, peak_flops, training_flops
+from palm_pytorch.training import machine
+from palm_pytorch.training.flops import peak_flops, training_flops
+from palm_pytorch.training.machine import measured_flops
 from palm_pytorch.training.meter import Meter, peak_memory
 
 SHAPE: dict[str, Any] = {"num_tokens": 40, "dim": 24, "depth": 3, "heads": 3, "dim_head": 8}
@@ -78,7 +79,7 @@ def test_tf32_has_another_rate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_rate_of_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([5.0, 2.0, 4.0, 3.0])
-    monkeypatch.setattr(flops, "timed_product", lambda a, b: next(times))
+    monkeypatch.setattr(machine, "timed_product", lambda a, b: next(times))
     assert measured_flops(torch.float32, size=10, seconds=0) == 2 * 10**3 / 2.0
     monkeypatch.undo()
     assert 1e6 < measured_flops(torch.bfloat16, size=32, seconds=0) < 1e15
