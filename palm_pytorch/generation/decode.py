@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from palm_pytorch.generation.packing import LEAST_STEPS, PackedLinears
+from palm_pytorch.generation.packing import LEAST_STEPS, PackedModel, has_hooks
 from palm_pytorch.generation.recording import RecordedSteps
 from palm_pytorch.generation.sampling import Sampling
 from palm_pytorch.layers.kv_cache import KVCache
@@ -87,12 +87,13 @@ class Context:
         self.stride = max(1, self.most // 2) if stride is None else stride
         self.latents = [min(max(length - self.prefix, 1), self.most) for length in lengths or [t] * b]
         self.cache: KVCache | None = None
-        many = use_cache and isinstance(model, LanguageModel) and room >= LEAST_STEPS
-        self.packed = PackedLinears(self.modules if many else [])
+        self.packed: Callable[[], AbstractContextManager[None]] = nullcontext
         self.recorded: RecordedSteps | None = None
-        # A hook would be heard at the recording alone.
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.modules)
-        self.recordable = many and self.tokens.device.type == "cuda" and not hooked
+        self.recordable = False
+        if use_cache and isinstance(model, LanguageModel) and room >= LEAST_STEPS:
+            self.packed = PackedModel(model).in_use
+            # A hook would be heard at the recording alone.
+            self.recordable = self.tokens.device.type == "cuda" and not has_hooks(self.modules)
 
     def read(self) -> Tensor:
         """Logits (b, v) after all tokens that are shown, from the start."""
@@ -132,7 +133,7 @@ class Context:
         self.latents = [n + 1 if n < self.most else self.most + 1 - self.stride for n in self.latents]
         if full or self.cache is None:
             return self.read()
-        with self.evaluating(), self.packed.in_use():
+        with self.evaluating(), self.packed():
             return self._step(drawn, self.cache)
 
     def _step(self, drawn: Tensor, cache: KVCache) -> Tensor:

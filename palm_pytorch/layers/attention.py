@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from palm_pytorch.layers.kv_cache import NO_PAST, LayerCache
-from palm_pytorch.layers.rotary import RotaryTable, apply_rotary
+from palm_pytorch.layers.rotary import RotaryTable, rotate_both
 from palm_pytorch.ops import AlibiBias, RelativeBias, attention
 from palm_pytorch.ops.arguments import expect_integer, expect_number
 from palm_pytorch.ops.attention import check_backend
@@ -19,7 +19,8 @@ from palm_pytorch.ops.attention import check_backend
 # Without einops: four of these to a layer are a tenth of what a generated token costs besides its products.
 def split_heads(x: Tensor, dim_head: int) -> Tensor:
     """(b, n, h d) -> (b, h, n, d)."""
-    return x.view(*x.shape[:2], -1, dim_head).transpose(1, 2)
+    b, n, width = x.shape
+    return x.view(b, n, width // dim_head, dim_head).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -79,8 +80,7 @@ class MultiQueryAttention(nn.Module):
         q = split_heads(self.to_q(x), self.dim_head)
         k, v = (split_heads(t, self.dim_head) for t in self.to_kv(source).chunk(2, dim=-1))
         if rotary is not None:
-            q = apply_rotary(q, rotary[0].last(q.shape[2]))
-            k = apply_rotary(k, rotary[1])
+            q, k = rotate_both(q, k, rotary)
         k, v = past.append(k, v)
         out = attention(
             q,

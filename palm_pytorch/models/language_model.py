@@ -118,7 +118,7 @@ class LanguageModel(nn.Module):
         if (scale := self.config["logit_scale"]) != 1:
             hidden = hidden * scale
         if labels is None:
-            return F.linear(hidden[:, -1:] if last_only else hidden, self.head_weight, self.head_bias)
+            return self.logits(hidden[:, -1:] if last_only else hidden)
         labels = labels[:, -hidden.shape[1] :]
         return linear_cross_entropy(
             hidden,
@@ -128,6 +128,10 @@ class LanguageModel(nn.Module):
             ignore_index=ignore_index,
             z_loss=z_loss,
         )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (.., c) -> (.., v)."""
+        return F.linear(hidden, self.head_weight, self.head_bias)
 
     if TYPE_CHECKING:
         # `palm_pytorch.generation` stands above the models, and gives them these.

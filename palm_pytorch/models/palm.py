@@ -18,7 +18,7 @@ from palm_pytorch.layers.attention import merge_heads, split_heads
 from palm_pytorch.layers.feedforward import swiglu
 from palm_pytorch.layers.kv_cache import NO_CACHE, NO_PAST, KVCache, LayerCache
 from palm_pytorch.layers.norm import L2Norm, make_norm
-from palm_pytorch.layers.rotary import Rotary, RotaryTable, apply_rotary
+from palm_pytorch.layers.rotary import Rotary, RotaryTable, rotate_both
 from palm_pytorch.models.language_model import LanguageModel, check_document_ids
 from palm_pytorch.ops import attention
 
@@ -76,9 +76,9 @@ class ParallelBlock(nn.Module):
         **keys: Any,
     ) -> Tensor:
         """q (b, n, h d), k and v (b, n, d) -> (b, n, h d)."""
-        q, k, v = (split_heads(t, self.dim_head) for t in (q, k, v))
-        q = apply_rotary(self.q_norm(q), rotary[0])
-        k, v = past.append(apply_rotary(self.k_norm(k), rotary[1]), v)
+        q, k, v = split_heads(q, self.dim_head), k.unsqueeze(1), v.unsqueeze(1)
+        q, k = rotate_both(self.q_norm(q), self.k_norm(k), rotary)
+        k, v = past.append(k, v)
         dropout_p = self.attn_dropout if self.training else 0.0
         return merge_heads(attention(q, k, v, **keys, dropout_p=dropout_p, backend=self.backend))
 

@@ -65,9 +65,8 @@ class ParallelLiteBlock(nn.Module):
 
     def attend(self, q: Tensor, kv: Tensor, alibi: AlibiBias, past: LayerCache, **keys: Any) -> Tensor:
         """q (b, n, h d), kv (b, n, d) -> (b, n, h d)."""
-        q, kv = (split_heads(t, self.dim_head) for t in (q, kv))
         # Stored before the key's norm: one tensor, not two.
-        (kv,) = past.append(kv)
+        q, (kv,) = split_heads(q, self.dim_head), past.append(kv.unsqueeze(1))
         out = attention(
             self.q_norm(q),
             self.k_norm(kv),

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -18,26 +19,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., c) over its root mean square, times weight (c,); computed in float32 or better, in the dtype
     of x.
     """
-    if not torch.is_grad_enabled():
-        return _normed(x, weight, eps)[0]
-    return _RMSNorm.apply(x, weight, eps)
-
-
-def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The result, and r of each row, (..., 1)."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    # In place: for the one row of a generated token every call counts.
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (wide * inverse).mul_(weight.to(wide.dtype)).to(x.dtype), inverse
+    if torch.is_grad_enabled():
+        return _RMSNorm.apply(x, weight, eps)
+    if x.numel() == len(weight) and x.device.type == "cpu" and x.dtype == weight.dtype:
+        # A token of a text, for which each operation counts. x and -x side by side have the mean square of x,
+        # and mean zero: of them a layer norm, which is one kernel on a CPU, is an RMS norm, which is eight.
+        both, gains = torch.cat([x, -x], dim=-1), torch.cat([weight, weight])
+        return F.layer_norm(both, gains.shape, gains, None, eps)[..., : len(weight)]
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        normed, inverse = _normed(x, weight, eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return normed
+        return (wide * inverse).mul_(weight.to(wide.dtype)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:

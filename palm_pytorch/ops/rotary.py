@@ -40,6 +40,6 @@ class _Rotate(torch.autograd.Function):
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     r = cos.shape[-1]
-    wide = x[..., :r].to(torch.promote_types(x.dtype, torch.float32))
-    out = (wide * cos).addcmul_(wide.roll(r // 2, dims=-1), sin).to(x.dtype)
-    return out if r == x.shape[-1] else torch.cat([out, x[..., r:]], dim=-1)
+    turned = x if r == x.shape[-1] else x[..., :r]
+    out = (turned * cos).addcmul_(turned.roll(r // 2, dims=-1), sin).to(x.dtype)
+    return out if turned is x else torch.cat([out, x[..., r:]], dim=-1)

@@ -388,6 +388,11 @@ def started(net: LanguageModel, n: int = 100) -> Iterator[Tensor]:
     return stream
 
 
+def replaced(module: nn.Module) -> set[str]:
+    """What is called otherwise than it is defined."""
+    return {"forward", "logits", *dict(module.named_children())} & set(vars(module))
+
+
 def as_before(net: LanguageModel) -> bool:
     """Every module trains but the one that was frozen; nothing is hooked or replaced; gradients flow."""
     frozen = next(iter(net.modules())).token_emb
@@ -396,7 +401,7 @@ def as_before(net: LanguageModel) -> bool:
     loss.backward()
     return (
         all(module.training != (module is frozen) for module in net.modules())
-        and not any("forward" in vars(module) or module._forward_hooks for module in net.modules())
+        and not any(replaced(module) or module._forward_hooks for module in net.modules())
         and all(weight.grad is not None for weight in net.parameters())
         and torch.is_grad_enabled()
         and not torch.is_inference_mode_enabled()
@@ -453,20 +458,49 @@ def test_two_streams_of_a_model_do_not_meet() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_weights_multiply_as_plain_ones(dtype: torch.dtype) -> None:
     net, x = build(LaMDA, {"bias": True}).to(dtype), torch.randn(3, 1, 24, dtype=dtype)
-    packed = packing.PackedLinears(net.modules())
-    linear = net.layers[0].ff[0]
-    plain = linear(x)
+    packed = packing.PackedModel(net)
+    attn, ff = net.layers[0].attn, net.layers[0].ff
+    products = {"head": lambda x: net.logits(x), "ff": lambda x: ff[0](x), "q": lambda x: attn.to_q(x)}
+    plain = {name: product(x) for name, product in products.items()}
+    assert not any(map(replaced, net.modules()))
     with packed.in_use():
-        assert ("forward" in vars(linear)) == bool(packed.forwards)
-        assert error(linear(x), plain) <= (1e-6 if dtype == torch.float32 else 1e-2)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert linear(x.float()).dtype == torch.bfloat16
-    assert "forward" not in vars(linear)
+        assert replaced(net) == {"logits"} and replaced(ff[0]) == {"forward"} and "to_q" in replaced(attn)
+        for name, product in products.items():
+            assert error(product(x), plain[name]) <= (1e-6 if dtype == torch.float32 else 1e-2), name
+            with torch.autocast("cpu", torch.bfloat16):
+                assert product(x.float()).dtype == torch.bfloat16, name
+    assert not any(map(replaced, net.modules()))
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+@torch.no_grad()
+def test_parts_of_another_kind_multiply_as_they_do() -> None:
+    """A subclass, a wrapper, a forward of its own, and a hook: all are asked."""
+    net, prompt = build(PaLM, {}), random_tokens(2, 12)
+
+    def logits(use_cache: bool) -> Tensor:
+        return torch.stack([*net.generate(prompt, 70, temperature=0, log_probs=True, use_cache=use_cache)])
+
+    scaled = Scaled(6 * 16, 24, bias=False)
+    net.layers[0].ff_out = nn.Sequential(net.layers[0].ff_out, nn.Tanh())
+    net.layers[1].attn_out = scaled
+    proj = net.layers[1].fused_proj
+    proj.forward = lambda x: nn.Linear.forward(proj, x).sin()
+    assert error(logits(True), logits(False)) <= 1e-5
+    net.layers[0].attn_out.register_forward_hook(lambda module, inputs, out: out + 1)
+    assert error(logits(True), logits(False)) <= 1e-5
 
 
 def test_weights_that_are_too_many_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = build(PaLM, {})
+    names = {name for _, name, _ in packing.PackedModel(net).changes}
+    assert {"logits", "forward"} <= names or not torch.backends.mkldnn.is_available()
     monkeypatch.setattr(packing, "MOST_BYTES", 100)
-    assert not packing.PackedLinears(build(PaLM, {}).modules()).forwards
+    assert not {"logits", "forward"} & {name for _, name, _ in packing.PackedModel(net).changes}
 
 
 @pytest.mark.skipif(

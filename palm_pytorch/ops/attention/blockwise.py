@@ -78,7 +78,7 @@ def _one_query(
     key/value head are so many queries. It takes keys as they lie in a cache, and any number of them without
     compiling anew.
     """
-    (b, h, _, d), (g, j_len) = q.shape, k.shape[1:3]
+    (b, h, _, d), (_, g, j_len, _) = q.shape, k.shape
     mask, blind = None, None
     if bias is not None:
         row = _last_row(bias, j_len).to(torch.promote_types(q.dtype, torch.float32))
@@ -88,8 +88,7 @@ def _one_query(
         seen = key_mask[:, None, None] | blind
         mask = seen if mask is None else mask.masked_fill(~seen, float("-inf"))
     queries = q.reshape(b, g, h // g, d)
-    pieces = _pieces(k, v)
-    if pieces > 1:
+    if (pieces := _pieces(k, v)) > 1:
         out = _in_pieces(queries.contiguous(), k, v, mask, scale, pieces)
     else:
         out = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, scale=scale)
@@ -100,10 +99,10 @@ def _pieces(k: Tensor, v: Tensor) -> int:
     """How many pieces the keys of one query are served in: torch's kernel has a core for each key/value head
     of each row, and leaves the others idle."""
     b, g, j_len, _ = k.shape
-    packed = k.stride(3) == v.stride(3) == 1
-    if b > 1 or not packed or k.device.type != "cpu" or torch.compiler.is_compiling():
+    if b > 1 or j_len < 2 * LEAST_PIECE or k.device.type != "cpu" or torch.compiler.is_compiling():
         return 1
-    return min(torch.get_num_threads() // g, j_len // LEAST_PIECE)
+    packed = k.stride(3) == v.stride(3) == 1
+    return min(torch.get_num_threads() // g, j_len // LEAST_PIECE) if packed else 1
 
 
 def _in_pieces(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, pieces: int) -> Tensor:
