@@ -1,4 +1,4 @@
-"""Attention of one query, as generation asks for it: keys shared out over cores, and room behind the keys.
+"""Attention of one query, as generation asks for it: heads shared out over cores, and room behind the keys.
 
 Shapes: h query heads; g key/value heads; j keys.
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from definitions import error
 from torch import Tensor
 
@@ -37,27 +38,47 @@ def exact(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["none", "alibi", "t5"])
-@pytest.mark.parametrize(("g", "j", "threads"), [(1, 64, 2), (1, 97, 3), (3, 131, 12), (1, 100, 7)])
+@pytest.mark.parametrize(
+    ("b", "g", "j", "threads", "shares"),
+    [
+        (1, 1, 64, 2, 2),
+        (1, 1, 97, 5, 3),
+        (3, 1, 131, 12, 3),
+        (2, 3, 100, 99, 3),
+        (9, 1, 17, 2, 1),
+        (1, 1, 1, 64, 6),
+    ],
+)
 @torch.no_grad()
-def test_keys_are_shared_out_over_cores(
-    g: int, j: int, threads: int, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_heads_are_shared_out_over_cores(
+    b: int,
+    g: int,
+    j: int,
+    threads: int,
+    shares: int,
+    kind: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whether pieces overlap or not; whole pieces that are masked; a query that may see nothing."""
-    monkeypatch.setattr(blockwise, "LEAST_PIECE", 16)
+    """However many there are for a row; keys that are masked; a query that may see nothing."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     made: list[int] = []
-    in_pieces = blockwise._in_pieces
-    monkeypatch.setattr(blockwise, "_in_pieces", lambda *a: made.append(a[-1]) or in_pieces(*a))
-    q, k, v = (torch.randn(1, heads, n, 24).to(dtype) for heads, n in ((6, 1), (g, j), (g, j)))
+    kernel = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        blockwise.F,
+        "scaled_dot_product_attention",
+        lambda q, *args, **options: made.append(q.shape[1]) or kernel(q, *args, **options),
+    )
+    q, k, v = (torch.randn(b, heads, n, 24).to(dtype) for heads, n in ((6, 1), (g, j), (g, j)))
     bias, wide_bias = random_bias(kind, 6)
     masks = (torch.arange(j) >= j - 3, torch.arange(j) < 2, torch.rand(j) < 0.3, torch.zeros(j).bool())
-    for mask in (None, *(mask[None] for mask in masks)):
+    for mask in (None, *(mask.expand(b, -1) for mask in masks)):
         wanted = exact(q, k, v, bias=wide_bias, key_mask=mask)
         found = attention(q, k, v, bias=bias, key_mask=mask)
         plain = attention(q, k, v, bias=bias, key_mask=mask, backend="reference")
         allowed = 2 * error(plain, wanted) if dtype == torch.bfloat16 else 2e-6
         assert error(found, wanted) <= allowed
-    assert made == [min(threads // g, j // 16)] * 5 and made[0] > 1
+    assert made == [shares] * 5
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "sdpa", "blockwise"])

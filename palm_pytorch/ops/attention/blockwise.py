@@ -34,9 +34,6 @@ MAX_SCORES_ELSEWHERE = 1 << 25
 # Different numbers of keys that blocks see, at most: oneDNN compiles every shape of product anew and keeps
 # it, about 1 MB each. Blocks that see a few keys more than they need cost less.
 MAX_LENGTHS = 16
-# Keys in a piece, at least, when those of a single query are shared out over the cores: to put pieces
-# together takes as long as some 400 keys. And a score that is as good as none.
-LEAST_PIECE, HIDDEN = 1024, -1e30
 # Attention weights that forward may keep for backward, at most: while they are no more than the layer's other
 # activations, to keep them costs less than to compute them again.
 MAX_KEPT = 1 << 25
@@ -79,6 +76,9 @@ def _one_query(
     compiling anew.
     """
     (b, h, _, d), (_, g, j_len, _) = q.shape, k.shape
+    if g == 1 and q.device.type == "cpu":
+        g = _shares(h, _cores() // b)
+        k, v = k.expand(-1, g, -1, -1), v.expand(-1, g, -1, -1)
     mask, blind = None, None
     if bias is not None:
         row = _last_row(bias, j_len).to(torch.promote_types(q.dtype, torch.float32))
@@ -87,48 +87,18 @@ def _one_query(
         blind = ~key_mask.any(dim=-1)[:, None, None, None]
         seen = key_mask[:, None, None] | blind
         mask = seen if mask is None else mask.masked_fill(~seen, float("-inf"))
-    queries = q.reshape(b, g, h // g, d)
-    if (pieces := _pieces(k, v)) > 1:
-        out = _in_pieces(queries.contiguous(), k, v, mask, scale, pieces)
-    else:
-        out = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, scale=scale)
+    out = F.scaled_dot_product_attention(q.reshape(b, g, h // g, d), k, v, attn_mask=mask, scale=scale)
     return (out if blind is None else out.masked_fill(blind, 0.0)).view(q.shape)
 
 
-def _pieces(k: Tensor, v: Tensor) -> int:
-    """How many pieces the keys of one query are served in: torch's kernel has a core for each key/value head
-    of each row, and leaves the others idle."""
-    b, g, j_len, _ = k.shape
-    if b > 1 or j_len < 2 * LEAST_PIECE or k.device.type != "cpu" or torch.compiler.is_compiling():
-        return 1
-    packed = k.stride(3) == v.stride(3) == 1
-    return min(torch.get_num_threads() // g, j_len // LEAST_PIECE) if packed else 1
+@torch.compiler.assume_constant_result
+def _cores() -> int:
+    return torch.get_num_threads()
 
 
-def _in_pieces(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, pieces: int) -> Tensor:
-    """Attention of q (1, g, r, d) to pieces of k and v (1, g, j, d) as so many rows of a batch, each weighted
-    with its share of the sum below the softmax.
-
-    Pieces are alike; where their number does not divide j they overlap, and what a piece has in common with
-    the one before is hidden from it.
-    """
-    j_len, wide = k.shape[2], torch.promote_types(q.dtype, torch.float32)
-    step = j_len // pieces
-    length = j_len - (pieces - 1) * step
-    keys, values = (t[0].unfold(1, length, step).permute(1, 0, 3, 2) for t in (k, v))
-    bias = None
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=wide).masked_fill_(~mask, HIDDEN)
-        # No -inf: a piece that may see nothing then has no weight beside others, and no NaN.
-        bias = mask.clamp(min=HIDDEN).contiguous()[0].unfold(2, length, step).permute(2, 0, 1, 3)
-    if length > step:
-        bias = q.new_zeros(pieces, 1, 1, length, dtype=wide) if bias is None else bias.clone()
-        bias[1:, :, :, : length - step] = HIDDEN
-    out, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q.expand(pieces, -1, -1, -1), keys, values, 0.0, False, attn_mask=bias, scale=scale
-    )
-    return (out * log_sums.softmax(dim=0)[..., None]).sum(dim=0, keepdim=True).to(q.dtype)
+def _shares(heads: int, cores: int) -> int:
+    """How many groups the query heads of one key/value head go in: torch's kernel has a core for each."""
+    return max(share for share in range(1, max(1, min(heads, cores)) + 1) if heads % share == 0)
 
 
 def _last_row(bias: Bias, j_len: int) -> Tensor:
