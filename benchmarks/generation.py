@@ -79,7 +79,7 @@ FLAT_TARGET, BATCH_TARGET, FLOOR_TARGET, LARGE_FLOOR_TARGET = 1.3, 6.0, 0.6, 0.6
 
 @dataclass(frozen=True)
 class Machine:
-    """Where to run. precision: of our weights; the plain twin stays in float32."""
+    """Where to run. precision: of our weights; the plain twin's are float32."""
 
     device: torch.device
     precision: torch.dtype
@@ -219,7 +219,9 @@ def measure_memory(case: Case, machine: Machine) -> dict[str, Any]:
 
 
 def run(cases: list[Case], machine: Machine, rounds: int, *, quick: bool) -> dict[str, Any]:
-    report = {**describe_machine(machine.device), "precision": str(machine.precision), "cases": []}
+    precision = str(machine.precision).removeprefix("torch.")
+    print(f"our weights in {precision}")
+    report: dict[str, Any] = {"precision": precision, "cases": []}
     for case in tqdm(cases, desc="models", leave=False):
         result = {"case": str(case), **asdict(case), **measure(case, machine, rounds)}
         if case.model in ("palm", "palm-lite"):
@@ -264,12 +266,18 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     device = select_device(arguments.device)
-    machine = Machine(device, select_precision("auto", device, reading=True))
+    # On a GPU nobody would generate in float32.
+    slow = [torch.float32] if device.type == "cpu" else []
+    precisions = dict.fromkeys([*slow, select_precision("auto", device, reading=True)])
+    report = describe_machine(device)
     warn_if_busy()
     cases = [case for case in CASES if case.model in arguments.models]
     if arguments.quick:
         cases = [case.quick() for case in cases]
-    report = run(cases, machine, arguments.rounds, quick=arguments.quick)
+    report["runs"] = [
+        run(cases, Machine(device, precision), arguments.rounds, quick=arguments.quick)
+        for precision in precisions
+    ]
     if arguments.quick:
         print("\nThese were few tokens of small models: the numbers mean nothing.")
         return

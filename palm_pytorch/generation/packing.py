@@ -11,21 +11,22 @@ nothing of it there: as long as a small operation, and a block of PaLM has seven
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from palm_pytorch.models.language_model import LanguageModel
+from palm_pytorch.models.palm import ParallelBlock
+from palm_pytorch.models.palm_lite import ParallelLiteBlock
 
 # The copy is worth its time, about 30 times that of reading the weights once, from so many tokens on, and its
 # memory up to so many bytes.
 LEAST_STEPS = 64
 MOST_BYTES = 2 << 30
 
-Product = Callable[[Tensor], Tensor]
+Call = Callable[..., Any]
 
 
 class PackedModel:
@@ -37,35 +38,31 @@ class PackedModel:
 
     def __init__(self, model: LanguageModel) -> None:
         # What becomes of which names of which modules.
-        self.changes: list[tuple[nn.Module, str, Callable[..., Any]]] = []
+        self.changes: dict[tuple[nn.Module, str], Call] = {}
         modules = list(model.modules())
         if has_hooks(modules):
             return
-        try:
-            products = _products(model, modules)
-        except RuntimeError:  # a processor without such products
-            products = {}
-        for module, product in products.items():
-            self.changes.append((module, "logits" if module is model else "forward", product))
+        with suppress(RuntimeError):  # a processor without such products
+            self.changes |= _products(model, modules)
         for parent in modules:
             # A part of this library asks nothing of its own parts but what they return.
             if not _is_ours(parent) or parent is model:
                 continue
             for name, child in parent.named_children():
                 if isinstance(child, nn.Dropout):
-                    self.changes.append((parent, name, _unchanged))
+                    self.changes[parent, name] = _unchanged
                 elif _is_ours(child) or type(child).__module__.startswith("torch.nn."):
-                    self.changes.append((parent, name, products.get(child, child.forward)))
+                    self.changes[parent, name] = self.changes.get((child, "forward"), child.forward)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Has the model work with it: what is an object's own goes before a module's child of that name."""
         try:
-            for module, name, call in self.changes:
+            for (module, name), call in self.changes.items():
                 vars(module)[name] = call
             yield
         finally:
-            for module, name, _ in self.changes:
+            for module, name in self.changes:
                 vars(module).pop(name, None)
 
 
@@ -82,30 +79,42 @@ def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
-def _products(model: LanguageModel, modules: list[nn.Module]) -> dict[nn.Module, Product]:
-    """x -> x weight^T + bias for each linear layer, and for the model, which does that for its logits."""
+def _products(model: LanguageModel, modules: list[nn.Module]) -> dict[tuple[nn.Module, str], Call]:
+    """The methods that are a product with a weight: of linear layers, of the model, and of parallel blocks,
+    whose two ways out are one product of what goes in side by side."""
     # The operators are torch's own, made for its compiler, and not promised to stay.
     operators = ("_reorder_linear_weight", "_linear_pointwise")
     if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, o) for o in operators):
         return {}
     # None that knows better how it multiplies: a subclass, a `forward` of its own.
-    linears = [m for m in modules if type(m) is nn.Linear and "forward" not in vars(m)]
-    factors = {m: (m.weight, m.bias) for m in linears} | {model: (model.head_weight, model.head_bias)}
-    # And no weight that is more than a tensor.
-    factors = {m: f for m, f in factors.items() if type(f[0]) is nn.Parameter and f[0].device.type == "cpu"}
-    if sum(weight.nbytes for weight, _ in factors.values()) > MOST_BYTES:
+    linears = {m for m in modules if type(m) is nn.Linear and "forward" not in vars(m) and _packs(m.weight)}
+    found: dict[tuple[nn.Module, str], tuple[list[Tensor], Tensor | None]] = {}
+    for block in filter(_is_ours, modules):
+        if isinstance(block, ParallelBlock | ParallelLiteBlock) and {block.attn_out, block.ff_out} <= linears:
+            found[block, "out"] = [block.attn_out.weight, block.ff_out.weight], None
+            linears -= {block.attn_out, block.ff_out}
+    found |= {(linear, "forward"): ([linear.weight], linear.bias) for linear in linears}
+    if _packs(model.head_weight):
+        found[model, "logits"] = [model.head_weight], model.head_bias
+    if sum(weight.nbytes for weights, _ in found.values() for weight in weights) > MOST_BYTES:
         return {}
-    dtypes = (torch.bfloat16, torch.float32)
-    return {m: _packed(weight, bias) for m, (weight, bias) in factors.items() if weight.dtype in dtypes}
+    return {(m, name): _packed(getattr(m, name), *factors) for (m, name), factors in found.items()}
 
 
-def _packed(weight: Tensor, bias: Tensor | None) -> Product:
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+def _packs(weight: Tensor) -> bool:
+    """Whether it is no more than a tensor, and of a kind that is packed."""
+    cpu = type(weight) is nn.Parameter and weight.device.type == "cpu"
+    return cpu and weight.dtype in (torch.bfloat16, torch.float32)
+
+
+def _packed(plain: Call, weights: list[Tensor], bias: Tensor | None) -> Call:
+    """As `plain`, (x, ..) -> (x, ..) weight^T + bias with the x side by side, but with the weight packed."""
+    weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights, dim=1).detach(), 1)
     multiply = torch.ops.mkldnn._linear_pointwise.default
 
-    def product(x: Tensor) -> Tensor:
-        if x.dtype != packed.dtype or torch.is_autocast_enabled("cpu"):
-            return F.linear(x, weight, bias)
-        return multiply(x, packed, bias, "none", [], "")
+    def product(x: Tensor, *more: Tensor) -> Tensor:
+        if x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+            return plain(x, *more)
+        return multiply(torch.cat([x, *more], dim=-1) if more else x, weight, bias, "none", [], "")
 
     return product

@@ -63,8 +63,11 @@ class ParallelBlock(nn.Module):
     ) -> Tensor:
         """keys: key_mask and document_ids, as `attention` has them."""
         q, k, v, value, gate = self.fused_proj(self.norm(x)).split_with_sizes(self.widths, dim=-1)
-        attended = self.attn_out(self.attend(q, k, v, rotary, past, **keys))
-        return x + attended + self.ff_out(self.ff_dropout(swiglu(value, gate)))
+        return x + self.out(self.attend(q, k, v, rotary, past, **keys), swiglu(value, gate))
+
+    def out(self, attended: Tensor, inner: Tensor) -> Tensor:
+        """(b, n, h d) and (b, n, ff_mult c) -> (b, n, c)."""
+        return self.attn_out(attended) + self.ff_out(self.ff_dropout(inner))
 
     def attend(
         self,

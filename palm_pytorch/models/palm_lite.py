@@ -60,8 +60,11 @@ class ParallelLiteBlock(nn.Module):
     ) -> Tensor:
         """keys: key_mask and document_ids, as `attention` has them."""
         q, kv, value, gate = self.fused_proj(self.norm(x)).split_with_sizes(self.widths, dim=-1)
-        attended = self.attn_out(self.attend(q, kv, alibi, past, **keys))
-        return x + attended + self.ff_out(self.ff_dropout(swiglu(value, gate)))
+        return x + self.out(self.attend(q, kv, alibi, past, **keys), swiglu(value, gate))
+
+    def out(self, attended: Tensor, inner: Tensor) -> Tensor:
+        """(b, n, h d) and (b, n, ff_mult c) -> (b, n, c)."""
+        return self.attn_out(attended) + self.ff_out(self.ff_dropout(inner))
 
     def attend(self, q: Tensor, kv: Tensor, alibi: AlibiBias, past: LayerCache, **keys: Any) -> Tensor:
         """q (b, n, h d), kv (b, n, d) -> (b, n, h d)."""

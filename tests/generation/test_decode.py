@@ -390,7 +390,7 @@ def started(net: LanguageModel, n: int = 100) -> Iterator[Tensor]:
 
 def replaced(module: nn.Module) -> set[str]:
     """What is called otherwise than it is defined."""
-    return {"forward", "logits", *dict(module.named_children())} & set(vars(module))
+    return {"forward", "logits", "out", *dict(module.named_children())} & set(vars(module))
 
 
 def as_before(net: LanguageModel) -> bool:
@@ -458,6 +458,11 @@ def test_two_streams_of_a_model_do_not_meet() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_weights_multiply_as_plain_ones(dtype: torch.dtype) -> None:
     net, x = build(LaMDA, {"bias": True}).to(dtype), torch.randn(3, 1, 24, dtype=dtype)
+    parallel, ways = build(PaLM, {}).to(dtype), [torch.randn(3, 1, n, dtype=dtype) for n in (96, 48)]
+    out = parallel.layers[1].out(*ways)
+    with packing.PackedModel(parallel).in_use():
+        assert "out" in replaced(parallel.layers[1])
+        assert error(parallel.layers[1].out(*ways), out) <= (1e-6 if dtype == torch.float32 else 1e-2)
     packed = packing.PackedModel(net)
     attn, ff = net.layers[0].attn, net.layers[0].ff
     products = {"head": lambda x: net.logits(x), "ff": lambda x: ff[0](x), "q": lambda x: attn.to_q(x)}
@@ -497,10 +502,10 @@ def test_parts_of_another_kind_multiply_as_they_do() -> None:
 
 def test_weights_that_are_too_many_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     net = build(PaLM, {})
-    names = {name for _, name, _ in packing.PackedModel(net).changes}
+    names = {name for _, name in packing.PackedModel(net).changes}
     assert {"logits", "forward"} <= names or not torch.backends.mkldnn.is_available()
     monkeypatch.setattr(packing, "MOST_BYTES", 100)
-    assert not {"logits", "forward"} & {name for _, name, _ in packing.PackedModel(net).changes}
+    assert not {"logits", "forward"} & {name for _, name in packing.PackedModel(net).changes}
 
 
 @pytest.mark.skipif(
