@@ -76,8 +76,9 @@ def _one_query(
     compiling anew.
     """
     (b, h, _, d), (_, g, j_len, _) = q.shape, k.shape
-    if g == 1 and q.device.type == "cpu":
-        g = _shares(h, _cores() // b)
+    # Compiled code would copy the keys for each share.
+    if g == 1 and q.device.type == "cpu" and not torch.compiler.is_compiling():
+        g = _shares(h, torch.get_num_threads() // b)
         k, v = k.expand(-1, g, -1, -1), v.expand(-1, g, -1, -1)
     mask, blind = None, None
     if bias is not None:
@@ -89,11 +90,6 @@ def _one_query(
         mask = seen if mask is None else mask.masked_fill(~seen, float("-inf"))
     out = F.scaled_dot_product_attention(q.reshape(b, g, h // g, d), k, v, attn_mask=mask, scale=scale)
     return (out if blind is None else out.masked_fill(blind, 0.0)).view(q.shape)
-
-
-@torch.compiler.assume_constant_result
-def _cores() -> int:
-    return torch.get_num_threads()
 
 
 def _shares(heads: int, cores: int) -> int:
