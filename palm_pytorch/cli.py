@@ -7,9 +7,10 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, get_args, get_origin, get_type_hints
+from traceback import clear_frames
+from typing import Any, Literal, ParamSpec, get_args
 
 import torch
 
@@ -22,7 +23,7 @@ from palm_pytorch.training.config import TrainConfig
 from palm_pytorch.training.evaluation import EvaluateOptions, evaluate_model
 from palm_pytorch.training.faults import TRAINING_FAILED
 from palm_pytorch.training.loop import train
-from palm_pytorch.training.options import option
+from palm_pytorch.training.options import add_options, option
 from palm_pytorch.training.plot import PlotOptions, plot_runs
 from palm_pytorch.training.preparing import PrepareOptions, prepare_folder
 from palm_pytorch.training.run import prepare
@@ -30,50 +31,12 @@ from palm_pytorch.training.tokenizing import TokenizerOptions, decode, encode, t
 from palm_pytorch.training.trained import read_any
 from palm_pytorch.training.writing import GenerateOptions, write
 
-REFUSALS = (
-    ValueError,
-    TypeError,
-    OSError,
-    ModuleNotFoundError,
-)  # of options, files and what is not installed
+# Of options, files and what is not installed.
+REFUSALS = (ValueError, TypeError, OSError, ModuleNotFoundError)
+
+SUBCOMMANDS: dict[str, Any] = {"title": "commands", "required": True, "metavar": "COMMAND"}
 
 P = ParamSpec("P")
-
-
-def add_options(parser: argparse.ArgumentParser, options: type) -> None:
-    """Give `parser` a flag for each field of the dataclass `options`, whose fields are made by `option`.
-
-    A flag that is not given leaves nothing in what is parsed: defaults are the dataclass's affair.
-    """
-    hints = get_type_hints(options)
-    groups: dict[str, Any] = {}
-    for spec in fields(options):
-        name = spec.metadata["group"]
-        group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
-        group.add_argument(
-            "--" + spec.name.replace("_", "-"),
-            help=spec.metadata["help"] + default_text(spec),
-            default=argparse.SUPPRESS,
-            **flag_details(hints[spec.name], spec.metadata.get("bare")),
-        )
-
-
-def flag_details(hint: Any, bare: str | None) -> dict[str, Any]:
-    """How a flag of type `hint` is parsed; `bare` is its value when given without one."""
-    if hint is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    if get_origin(hint) is Literal:
-        return {"choices": get_args(hint)}
-    kind = next((part for part in get_args(hint) if part is not type(None)), hint)
-    details = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
-    return details if bare is None else {**details, "nargs": "?", "const": bare, "metavar": f"{bare}|TEXT"}
-
-
-def default_text(spec: Field[Any]) -> str:
-    """The default of an option in words; nothing where its help text tells it."""
-    if "cpu" in spec.metadata:
-        return f" (default: {spec.metadata['cpu']}, on a GPU {spec.metadata['gpu']})"
-    return "" if spec.default in (MISSING, None) else f" (default: {spec.default})"
 
 
 def train_command(**given: Any) -> int:
@@ -86,6 +49,9 @@ def train_command(**given: Any) -> int:
         outcome = train(run)
     except (FloatingPointError, OSError) as error:
         return fail(error, TRAINING_FAILED)
+    except BaseException as error:
+        clear_frames(error.__traceback__)  # which hold the model, see Run.close
+        raise
     finally:
         run.close()
     return 128 + outcome.stopped_by if outcome.stopped_by else 0
@@ -198,40 +164,50 @@ def plot_command(runs: list[str], **given: Any) -> None:
 def fail(error: Exception, status: int = 2) -> int:
     """Say what is wrong, without a traceback unless Python runs in development mode (-X dev).
 
-    Of the processes that torchrun has started on a machine one says it: what refuses a run is common to all.
+    Of several processes each says it, although most often it is common to all: torchrun ends the others when
+    the first one fails, and that one may be any.
     """
     if sys.flags.dev_mode:
         raise error
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"palm: error: {error}", file=sys.stderr)
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    rank = f"rank {os.environ.get('RANK', '?')}: " if several else ""
+    print(f"{rank}palm: error: {error}", file=sys.stderr)
     return status
+
+
+def add_command(
+    commands: Any, name: str, help: str, command: Callable[..., int], options: type | None = None
+) -> argparse.ArgumentParser:
+    """A subcommand that calls `command` with its arguments, flags for the fields of `options` among them."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, allow_abbrev=False)
+    parser.set_defaults(command=command)
+    if options is not None:
+        add_options(parser, options)
+    return parser
 
 
 def add_data_commands(commands: Any) -> None:
     data = commands.add_parser("data", help="make corpora ready to train on", allow_abbrev=False)
-    verbs = data.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    preparer = verbs.add_parser("prepare", help="make tokens of a corpus, once", allow_abbrev=False)
-    preparer.set_defaults(command=prepare_data_command)
+    verbs = data.add_subparsers(**SUBCOMMANDS)
+    preparer = add_command(
+        verbs, "prepare", "make tokens of a corpus, once", prepare_data_command, PrepareOptions
+    )
     preparer.add_argument("source", help="as --data of palm train has it")
     preparer.add_argument("folder", help="where to; new, or left by a preparation that was stopped")
-    add_options(preparer, PrepareOptions)
-    verifier = verbs.add_parser("verify", help="check all files of prepared data", allow_abbrev=False)
-    verifier.set_defaults(command=verify_data_command)
+    verifier = add_command(verbs, "verify", "check all files of prepared data", verify_data_command)
     verifier.add_argument("folder", help="of palm data prepare")
 
 
 def add_tokenizer_commands(commands: Any) -> None:
     tokenizer = commands.add_parser("tokenizer", help="train a tokenizer, or look at one", allow_abbrev=False)
-    verbs = tokenizer.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    maker = verbs.add_parser("train", help="make a SentencePiece tokenizer of a text", allow_abbrev=False)
-    maker.set_defaults(command=train_tokenizer_command)
+    verbs = tokenizer.add_subparsers(**SUBCOMMANDS)
+    maker = add_command(
+        verbs, "train", "make a SentencePiece tokenizer of a text", train_tokenizer_command, TokenizerOptions
+    )
     maker.add_argument("sources", nargs="+", metavar="SOURCE", help="as --data of palm train has it")
-    add_options(maker, TokenizerOptions)
-    encoder = verbs.add_parser("encode", help="print the tokens of standard input", allow_abbrev=False)
-    encoder.set_defaults(command=encode_command)
+    encoder = add_command(verbs, "encode", "print the tokens of standard input", encode_command)
     encoder.add_argument("--invalid-bytes", choices=get_args(InvalidBytes), default="keep")
-    decoder = verbs.add_parser("decode", help="write the text of tokens, as bytes", allow_abbrev=False)
-    decoder.set_defaults(command=decode_command)
+    decoder = add_command(verbs, "decode", "write the text of tokens, as bytes", decode_command)
     for verb in (encoder, decoder):
         verb.add_argument("tokenizer", help="'bytes', or its file")
 
@@ -240,36 +216,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The console script; `arguments` are those of the command line if not given. Returns the exit status."""
     parser = argparse.ArgumentParser("palm", description="PaLM, PaLM-lite, LaMDA and Perceiver AR.")
     parser.add_argument("--version", action="version", version=f"palm_pytorch {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    trainer = commands.add_parser("train", help="train a model on text", allow_abbrev=False)
-    trainer.set_defaults(command=train_command)
-    add_options(trainer, TrainConfig)
-    writer = commands.add_parser("generate", help="write text with a trained model", allow_abbrev=False)
-    writer.set_defaults(command=generate_command)
-    add_options(writer, GenerateOptions)
-    talker = commands.add_parser("chat", help="talk with a trained model", allow_abbrev=False)
-    talker.set_defaults(command=chat_command)
-    add_options(talker, ChatOptions)
-    scorer = commands.add_parser("evaluate", help="score a model on a whole split", allow_abbrev=False)
-    scorer.set_defaults(command=evaluate_command)
+    commands = parser.add_subparsers(**SUBCOMMANDS)
+    add_command(commands, "train", "train a model on text", train_command, TrainConfig)
+    add_command(commands, "generate", "write text with a trained model", generate_command, GenerateOptions)
+    add_command(commands, "chat", "talk with a trained model", chat_command, ChatOptions)
+    scorer = add_command(
+        commands, "evaluate", "score a model on a whole split", evaluate_command, EvaluateOptions
+    )
     scorer.add_argument(
         "source",
         metavar="MODEL",
         help="a run's folder (its newest checkpoint), RUN/best, one of its checkpoints, 'auto' (the newest "
         "run), or what `palm convert` takes",
     )
-    add_options(scorer, EvaluateOptions)
-    plotter = commands.add_parser("plot", help="compare runs in one picture", allow_abbrev=False)
-    plotter.set_defaults(command=plot_command)
+    plotter = add_command(commands, "plot", "compare runs in one picture", plot_command, PlotOptions)
     plotter.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
-    add_options(plotter, PlotOptions)
     add_data_commands(commands)
     add_tokenizer_commands(commands)
-    converter = commands.add_parser("convert", help="bring weights over from elsewhere", allow_abbrev=False)
-    converter.set_defaults(command=convert_command)
+    converter = add_command(
+        commands, "convert", "bring weights over from elsewhere", convert_command, ConvertOptions
+    )
     converter.add_argument("source", help="an older project's file, a saved model, a hub id, or a run")
     converter.add_argument("folder", help="where to; new or empty")
-    add_options(converter, ConvertOptions)
 
     given = vars(parser.parse_args(arguments))
     if isinstance(sys.stdout, io.TextIOWrapper):  # samples are any text, and logs are to be read as they grow

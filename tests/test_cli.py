@@ -13,9 +13,9 @@ import pytest
 
 import palm_pytorch
 from palm_pytorch import cli
-from palm_pytorch.cli import add_options, main
+from palm_pytorch.cli import main
 from palm_pytorch.training.config import TrainConfig
-from palm_pytorch.training.options import option
+from palm_pytorch.training.options import add_options, option
 
 ROOT = Path(__file__).parents[1]
 
@@ -121,6 +121,18 @@ def test_bad_input_is_one_line_and_status_2(
     told = capsys.readouterr().err
     assert says in told and told.startswith("palm: error: ") and told.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_several_processes_each_says_what_ended_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first alone said it, and torchrun had ended that one when another had failed."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert cli.fail(OSError("the disk is full"), 3) == 3
+        assert capsys.readouterr().err == f"rank {rank}: palm: error: the disk is full\n"
 
 
 def test_train_is_given_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:

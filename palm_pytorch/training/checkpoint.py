@@ -99,16 +99,18 @@ class Source:
                 damaged.append(error)
         raise DamagedError("; ".join(map(str, damaged)) + ". There is no earlier checkpoint to fall back to")
 
+    def undamaged(self) -> Path:
+        """As `choose`, with a warning of each that is passed over."""
+        folder, damaged = self.choose()
+        for error in damaged:
+            warnings.warn(f"{error}; using {folder} instead", stacklevel=2)
+        return folder
+
 
 def find_checkpoint(resume: str, out: str | None, runs: Path = Path("runs")) -> Path | None:
     """The newest undamaged checkpoint that `resume` and `out` mean, see `Source`."""
     source = Source.find(resume, out, runs)
-    if source is None:
-        return None
-    folder, damaged = source.choose()
-    for error in damaged:
-        warnings.warn(f"{error}; using {folder} instead", stacklevel=2)
-    return folder
+    return None if source is None else source.undamaged()
 
 
 def read_about(folder: Path) -> dict[str, Any]:

@@ -191,7 +191,7 @@ class TrainConfig:
         "run",
         "go on from a run's folder or one of its checkpoints; alone or 'auto': from the newest under --out "
         "(from the start, if there is none), or under runs/ without --out. Options that are not given are "
-        "those of that run",
+        "those of that run, but for --parallel and --tensor-parallel",
         default=None,
         bare="auto",
     )

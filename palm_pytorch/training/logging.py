@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from palm_pytorch.training.evaluate import bits_per_byte
 from palm_pytorch.training.manifest import write_durably
@@ -36,9 +36,11 @@ class Progress(Protocol):
 
 
 class Sink(Protocol):
-    """Something else that is sent every new row."""
+    """Something else that is sent every new row; `go_back` is as of `MetricsLog`."""
 
     def write(self, row: Row) -> None: ...
+
+    def go_back(self, history: Sequence[Row]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -61,13 +63,18 @@ class MetricsLog:
         meter: Meter | None = None,
         bytes_per_token: float = 1.0,
     ) -> None:
-        self.rows, self._file = len(history), None
-        if path is not None:
+        self._path = path
+        self._file: IO[str] | None = None
+        self._sinks, self._meter, self._bytes_per_token = sinks, meter, bytes_per_token
+        self._begin(history)
+
+    def _begin(self, history: Sequence[Row]) -> None:
+        self.rows = len(history)
+        if self._path is not None:
             # A process that is killed here, or a machine that fails, leaves the old file whole.
             text = "".join(json.dumps(row) + "\n" for row in history)
-            write_durably(path, text)
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, see close
-        self._sinks, self._meter, self._bytes_per_token = sinks, meter, bytes_per_token
+            write_durably(self._path, text)
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115, see close
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -80,6 +87,14 @@ class MetricsLog:
             self._file.close()
         for sink in self._sinks:
             sink.close()
+
+    def go_back(self, history: Sequence[Row]) -> None:
+        """The rows are those of `history` again, and others come in the place of the later ones."""
+        if self._file is not None:
+            self._file.close()
+        self._begin(history)
+        for sink in self._sinks:
+            sink.go_back(history)
 
     def add(self, split: str, state: Progress, loss: float, tokens_per_second: float, **more: float) -> None:
         """Write the row of a `loss` at `state`, and hand it to the operating system at once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from contextlib import suppress
@@ -67,7 +68,7 @@ class Trainer:
     def __init__(self, run: Run, stop: StopRequest, bar: Any) -> None:
         self.run, self.stop, self.bar = run, stop, bar
         self.loader = Loader(run.data, run.config, run.parallel)
-        self.metrics = open_log(run, run.history)
+        self.metrics = open_log(run)
         for kind, details in run.events:
             self.metrics.event(kind, run.state, **details)
 
@@ -155,7 +156,7 @@ class Trainer:
                 self.stop.check()
                 if state.due[0] == "valid":
                     loss, bits = score(run, "valid", self.metrics, self.stop)
-                    if state.best_loss is None or loss < state.best_loss:
+                    if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
                         state.best_step, state.best_loss = state.step, loss
                     self.tell(f"step {state.step:,}: {bits:.4f} bits per byte of validation text")
                 else:
@@ -220,8 +221,7 @@ class Trainer:
         state.batch_index = next_batch(state.batch_index, passed_over)
         run.saver.remove_after(state.step)
 
-        self.metrics.close()
-        self.metrics = open_log(run, read_history(run.folder, state.metrics_rows))
+        self.metrics.go_back(read_history(run.folder, state.metrics_rows))
         self.metrics.event("rollback", state, **details, passed_over=passed_over[-1])
         self.loader.seek(state)
         self.tell(f"{told}; back to step {state.step:,}")

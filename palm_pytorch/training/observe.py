@@ -6,8 +6,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -22,25 +21,20 @@ from palm_pytorch.training.distributed import Parallel
 from palm_pytorch.training.evaluate import autocast, bits_per_byte, bytes_per_token, evaluate
 from palm_pytorch.training.faults import StopRequest
 from palm_pytorch.training.flops import peak_flops, training_flops
-from palm_pytorch.training.logging import MetricsLog, Row, read_metrics
+from palm_pytorch.training.logging import MetricsLog, read_metrics
 from palm_pytorch.training.manifest import sync, write_durably
 from palm_pytorch.training.meter import Meter
 from palm_pytorch.training.plot import plot_metrics
 from palm_pytorch.training.run import Run
-from palm_pytorch.training.sinks import open_sinks
 from palm_pytorch.training.state import seed_streams
 
 SAMPLE_CHUNK = 32  # tokens drawn between two looks at whether to stop
 
 
-def open_log(run: Run, history: Sequence[Row]) -> MetricsLog:
-    """The run's metrics, with `history` behind them and all that they are sent to.
-
-    Raises:
-        ConnectionError: Weights & Biases does not let this user in.
-    """
+def open_log(run: Run) -> MetricsLog:
+    """The run's metrics, with its history behind them and all that they are sent to."""
     if not run.parallel.is_main:
-        return MetricsLog(None, history)
+        return MetricsLog(None, run.history)
     config, device = run.config, run.state.device
     with torch.device("meta"):
         model = build_model(config, run.data.num_tokens)
@@ -48,9 +42,8 @@ def open_log(run: Run, history: Sequence[Row]) -> MetricsLog:
     peak = config.peak_flops or peak_flops(device, run.precision)
     all_peaks = None if peak is None else peak * run.parallel.world_size
     meter = Meter(device, training_flops(model, config.seq_len) / config.seq_len, all_peaks)
-    sinks = open_sinks(config.log, run.folder, asdict(config), history)
     per_token = bytes_per_token(run.data.held_out("valid"))
-    return MetricsLog(run.metrics_file, history, sinks=sinks, meter=meter, bytes_per_token=per_token)
+    return MetricsLog(run.metrics_file, run.history, sinks=run.sinks, meter=meter, bytes_per_token=per_token)
 
 
 def score(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, field, fields
+from dataclasses import MISSING, Field, field, fields
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 
@@ -50,3 +51,39 @@ def check_options(options: type, values: Mapping[str, Any]) -> None:
             raise TypeError(f"{name} is {value!r}, of type {type(value).__name__}; expected {wanted}")
         if rule is not None and value is not None and not rule.holds(value):
             raise ValueError(f"{name} is {value!r}; expected {rule.text}")
+
+
+def add_options(parser: argparse.ArgumentParser, options: type) -> None:
+    """Give `parser` a flag for each field of the dataclass `options`, whose fields are made by `option`.
+
+    A flag that is not given leaves nothing in what is parsed: defaults are the dataclass's affair.
+    """
+    hints = get_type_hints(options)
+    groups: dict[str, Any] = {}
+    for spec in fields(options):
+        name = spec.metadata["group"]
+        group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
+        group.add_argument(
+            "--" + spec.name.replace("_", "-"),
+            help=spec.metadata["help"] + default_text(spec),
+            default=argparse.SUPPRESS,
+            **flag_details(hints[spec.name], spec.metadata.get("bare")),
+        )
+
+
+def flag_details(hint: Any, bare: str | None) -> dict[str, Any]:
+    """How a flag of type `hint` is parsed; `bare` is its value when given without one."""
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(hint) is Literal:
+        return {"choices": get_args(hint)}
+    kind = next((part for part in get_args(hint) if part is not type(None)), hint)
+    details = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
+    return details if bare is None else {**details, "nargs": "?", "const": bare, "metavar": f"{bare}|TEXT"}
+
+
+def default_text(spec: Field[Any]) -> str:
+    """The default of an option in words; nothing where its help text tells it."""
+    if "cpu" in spec.metadata:
+        return f" (default: {spec.metadata['cpu']}, on a GPU {spec.metadata['gpu']})"
+    return "" if spec.default in (MISSING, None) else f" (default: {spec.default})"

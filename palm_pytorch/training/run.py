@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -21,15 +23,17 @@ from palm_pytorch.training.checkpoint import Source, check_same_data, check_same
 from palm_pytorch.training.config import TrainConfig
 from palm_pytorch.training.distributed import Parallel, parallelize, start
 from palm_pytorch.training.initial_weights import InitialWeights
-from palm_pytorch.training.logging import Row, read_metrics
+from palm_pytorch.training.logging import Row, Sink, read_metrics
 from palm_pytorch.training.machine import keep_freed_memory, select_device, select_precision
 from palm_pytorch.training.manifest import DamagedError, write_durably
 from palm_pytorch.training.optim import build_optimizer
 from palm_pytorch.training.rendezvous import restarted
 from palm_pytorch.training.run_folder import FolderLock, check_folder, is_same, set_aside
 from palm_pytorch.training.saver import Saver, clear_leftovers
-from palm_pytorch.training.sinks import check_sinks
+from palm_pytorch.training.sinks import check_sinks, open_sinks
 from palm_pytorch.training.state import TrainState, compute_reproducibly
+
+OF_ONE_START = ("parallel", "tensor_parallel")  # options that describe its machines, not the run
 
 
 @dataclass
@@ -39,6 +43,7 @@ class Run:
     network: what a training step calls: the model, or what shares its work out (see `parallelize`).
     history: the rows of its metrics so far.
     events: what is to be added to them first, as kind and details.
+    sinks: what else gets them.
     """
 
     config: TrainConfig
@@ -50,6 +55,7 @@ class Run:
     saver: Saver
     history: list[Row]
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    sinks: list[Sink] = field(default_factory=list)
     lock: FolderLock | None = None
 
     @property
@@ -105,14 +111,18 @@ def prepare(**given: Any) -> Run:
 
     Raises:
         TypeError, ValueError, OSError, ModuleNotFoundError: an option, the corpus, the checkpoint or the
-            folder is not what it must be, or another process is training in the folder.
+            folder is not what it must be, another process is training in the folder, or Weights & Biases
+            does not let this user in.
     """
     if given.get("init") and given.get("resume"):
         raise ValueError(f"init is {given['init']!r} and resume {given['resume']!r}; expected one of them")
     given = restarted(given)
     source = Source.find(given["resume"], given.get("out")) if given.get("resume") else None
+    restart = bool(given.get("resume")) and source is None
     weights, tokenizer = None, None
     if source is None:
+        if restart:
+            given = keep_precision(given, stored_config(Path(given["out"])))
         if given.get("init"):
             weights = InitialWeights.read(given["init"], given)
             given, tokenizer = {**given, **weights.options}, weights.tokenizer
@@ -121,28 +131,53 @@ def prepare(**given: Any) -> Run:
         saved = read_config(source)
         check_same_model(saved, given)
         tokenizer = stored_tokenizer(source.run)
-        config = TrainConfig.for_machine(**{**saved, "out": str(source.run), **given})
+        kept = {name: value for name, value in saved.items() if name not in OF_ONE_START}
+        config = TrainConfig.for_machine(**{**kept, "out": str(source.run), **keep_precision(given, saved)})
     if given.get("tokenizer") is not None:
         tokenizer = load_tokenizer(given["tokenizer"])
     check_sinks(config.log)
-    parallel = start(config, select_device(config.device))
+    parallel, lock = start(config, select_device(config.device)), None
     try:
-        return build_run(parallel.from_main(config), source, parallel, weights, tokenizer)
-    except BaseException:
+        # As the main process sees them: one that found no checkpoint would not help the others to load it.
+        config, source = parallel.from_main((config, source))
+        with parallel.together():
+            if parallel.is_main:
+                check_folder(Path(config.out), source, restart=restart)
+                lock = FolderLock(Path(config.out))
+                # Again: another may have begun a run there meanwhile, and none can now.
+                check_folder(Path(config.out), source, restart=restart)
+        return build_run(config, source, parallel, lock, weights, tokenizer)
+    except BaseException as error:
+        if lock is not None:
+            lock.release()
+        clear_frames(error.__traceback__)  # which hold the model, see Run.close
         parallel.stop()
         raise
 
 
+def keep_precision(given: dict[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """`given`, with the precision that "auto" was when the run began: measured anew it might be another."""
+    if "precision" in saved and given.get("precision", "auto") == "auto":
+        return {**given, "precision": saved["precision"]}
+    return given
+
+
+def stored_config(run: Path) -> dict[str, Any]:
+    """The options that the run in a folder was last started with; none where the folder does not tell."""
+    try:
+        return dict(json.loads((run / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def read_config(source: Source) -> dict[str, Any]:
-    """The options of the run that is resumed: those that it was last started with.
+    """The options of the run that is resumed: those that it was last started with, or a checkpoint's.
 
     Raises:
         DamagedError: neither the run's folder nor one of its checkpoints tells them.
     """
-    try:
-        return dict(json.loads((source.run / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        pass  # a checkpoint has them too
+    if saved := stored_config(source.run):
+        return saved
     damaged: list[DamagedError] = []
     for folder in reversed(source.candidates):
         try:
@@ -156,17 +191,15 @@ def build_run(
     config: TrainConfig,
     source: Source | None,
     parallel: Parallel,
-    weights: InitialWeights | None = None,
-    tokenizer: Tokenizer | None = None,
+    lock: FolderLock | None,
+    weights: InitialWeights | None,
+    tokenizer: Tokenizer | None,
 ) -> Run:
     """The run of `config`, at the state of a checkpoint of `source` if that is given, or at the start, from
-    `weights` if they are. `tokenizer` is that of the options, or else of what it goes on from.
+    `weights` if they are. `tokenizer` is that of the options, or else of what it goes on from; `lock`, of the
+    main process, is on the run's folder.
     """
-    folder, lock = Path(config.out), None
-    with parallel.together():
-        check_folder(folder, source, restart=bool(config.resume) and source is None)
-        if parallel.is_main and folder.exists():
-            lock = FolderLock(folder)
+    folder = Path(config.out)
     events: list[tuple[str, dict[str, Any]]] = []
     checkpoint, about, history = None, None, []
     with parallel.together():
@@ -176,20 +209,22 @@ def build_run(
             for error in damaged:
                 print(f"{error}\ngoing on from {checkpoint} instead")
     checkpoint = parallel.from_main(checkpoint)
-    if source is not None and checkpoint is not None:
-        about = read_about(checkpoint)
-        check_same_model(about["config"], asdict(config))
-        if about["state"]["step"] > config.steps:
-            raise ValueError(
-                f"steps is {config.steps}; expected at least the {about['state']['step']} done already"
-            )
-        history = read_history(source.run, about["state"]["metrics_rows"])
+    with parallel.together():
+        if source is not None and checkpoint is not None:
+            about = read_about(checkpoint)
+            check_same_model(about["config"], asdict(config))
+            if about["state"]["step"] > config.steps:
+                raise ValueError(
+                    f"steps is {config.steps}; expected at least the {about['state']['step']} done already"
+                )
+            history = read_history(source.run, about["state"]["metrics_rows"])
     data = open_data(config, parallel, tokenizer)
     described = describe(data)
-    if about is not None:
-        check_same_data(about["data"], described)
-    if weights is not None:
-        weights.check_tokens(data)
+    with parallel.together():
+        if about is not None:
+            check_same_data(about["data"], described)
+        if weights is not None:
+            weights.check_tokens(data)
 
     if parallel.device.type == "cpu":
         keep_freed_memory()
@@ -207,17 +242,18 @@ def build_run(
         saver.load(checkpoint, state)
         events.append(("resume", {"checkpoint": checkpoint.name}))
 
-    if parallel.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = lock or FolderLock(folder)
-        clear_leftovers(folder)
-        if source is not None and checkpoint is not None and is_same(folder, source.run):
-            for damaged_folder in source.candidates[source.candidates.index(checkpoint) + 1 :]:
-                set_aside(damaged_folder)
-        data.tokenizer.save(folder)
-        write_durably(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
+    sinks: list[Sink] = []
+    with parallel.together():
+        if parallel.is_main:
+            sinks = open_sinks(config.log, folder, asdict(config), history)
+            clear_leftovers(folder)
+            if source is not None and checkpoint is not None and is_same(folder, source.run):
+                for damaged_folder in source.candidates[source.candidates.index(checkpoint) + 1 :]:
+                    set_aside(damaged_folder)
+            data.tokenizer.save(folder)
+            write_durably(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
     precision = select_precision(config.precision, parallel.device)
-    return Run(config, data, precision, parallel, state, network, saver, history, events, lock)
+    return Run(config, data, precision, parallel, state, network, saver, history, events, sinks, lock)
 
 
 def open_data(config: TrainConfig, parallel: Parallel, tokenizer: Tokenizer | None) -> Dataset:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -12,22 +13,31 @@ from palm_pytorch.training.checkpoint import Source, complete_checkpoints
 from palm_pytorch.training.manifest import sync
 
 LOCK = ".lock"
+WRITTEN = ("config.json", "metrics.jsonl", "checkpoints", "samples", "model")  # by a run, and not to be lost
 DAMAGED = "damaged-"
 
 
 class FolderLock:
     """Keeps other processes from training in a folder, until it is released or this process ends, however.
+    A folder that is not there yet is made.
 
     It is a record lock of POSIX, which a killed process cannot leave behind, and which, other than `flock`,
     its orphaned worker processes do not hold on to. Windows has none, and there nothing is locked.
 
     Raises:
         BlockingIOError: another process has the lock.
-        OSError: the folder cannot be written to.
+        OSError: the folder cannot be made, or not be written to.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file: IO[str] = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115, held on purpose
+        self._folder = folder
+        parents = (folder, *folder.absolute().parents)
+        self._made = [path for path in parents if not os.path.lexists(path)]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file: IO[str] = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115, held on purpose
+        except OSError as error:
+            raise OSError(f"out is {folder}; expected a folder that can be written to ({error})") from error
         try:
             import fcntl
         except ModuleNotFoundError:
@@ -48,6 +58,12 @@ class FolderLock:
         self._file.flush()
 
     def release(self) -> None:
+        """Let others have the folder. If it was made for the lock, and nothing came of it, it goes again."""
+        with suppress(OSError):
+            if self._made and os.listdir(self._folder) == [LOCK]:
+                (self._folder / LOCK).unlink()
+                for folder in self._made:
+                    folder.rmdir()
         self._file.close()
 
 
@@ -56,8 +72,8 @@ def check_folder(folder: Path, source: Source | None, *, restart: bool) -> None:
 
     Raises:
         ValueError: it holds later checkpoints of the same run.
-        FileExistsError: it holds a run. `restart` allows one that has no checkpoint yet.
-        OSError: it cannot be written to.
+        FileExistsError: it holds what a run writes. `restart` allows a run that has neither a checkpoint nor
+            a model yet.
     """
     if source is not None and is_same(folder, source.run):
         if not is_same(source.candidates[-1], complete_checkpoints(folder)[-1]):
@@ -65,15 +81,14 @@ def check_folder(folder: Path, source: Source | None, *, restart: bool) -> None:
                 f"resume is {source.candidates[-1]}, not the newest checkpoint of its run; expected the "
                 "newest, or a new folder as out to branch off into"
             )
-    elif (folder / "config.json").exists() and not (restart and not complete_checkpoints(folder)):
+        return
+    held = [name for name in WRITTEN if os.path.lexists(folder / name)]
+    begun = "config.json" in held and "model" not in held and not complete_checkpoints(folder)
+    if held and not (restart and begun):
         raise FileExistsError(
-            f"out is {folder}, which holds a run already; expected a new folder, or --resume to continue it"
+            f"out is {folder}, which holds a run already; expected a new folder, or --resume to continue it "
+            f"(there is {', '.join(held)})"
         )
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise NotADirectoryError(f"out is {folder}, but {existing} is a file; expected a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"out is {folder}, but {existing} cannot be written to")
 
 
 def set_aside(folder: Path) -> None:

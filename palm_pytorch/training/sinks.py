@@ -1,11 +1,13 @@
 """Where metrics go besides `metrics.jsonl`: TensorBoard and Weights & Biases, each an extra.
 
 A run that is resumed goes on in the same place, with no point twice, although it takes the steps since its
-last checkpoint again. One that had no such place yet brings its history along.
+last checkpoint again. One that had no such place yet brings its history along. When one goes back to before a
+spike, TensorBoard forgets the steps that it gives up; Weights & Biases, which cannot, shows both.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from palm_pytorch.training.logging import Row, Sink, read_metrics
+from palm_pytorch.training.logging import MEASURED, Row, Sink, read_metrics
 from palm_pytorch.training.options import Rule
 
 
@@ -57,7 +59,7 @@ def open_sinks(
 
 def scalars(row: Row) -> Iterator[tuple[str, float]]:
     """The numbers of a row, named as `valid/loss`; an event is a 1 under its name."""
-    _, group = row_kind(row)
+    group = row.get("split") or f"event/{row['event']}"
     if "event" in row:
         yield group, 1.0
     for name, value in row.items():
@@ -69,14 +71,17 @@ class TensorBoard:
     """`RUN/tensorboard`, one folder for all of a run."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], history: Sequence[Row]) -> None:
+        self.folder = folder / "tensorboard"
+        self._open(history)
+
+    def _open(self, history: Sequence[Row]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        written = folder / "tensorboard"
         # The reader drops all that was written before and is of that step or later: the last step of the
         # history too, whose rows may not all have been kept.
-        resumed = any(written.glob("events.*"))
+        resumed = any(self.folder.glob("events.*"))
         purged = max((row["step"] for row in history), default=0) if resumed else 0
-        self.writer = SummaryWriter(str(written), purge_step=purged)
+        self.writer = SummaryWriter(str(self.folder), purge_step=purged)
         for row in history:
             if row["step"] >= purged:
                 self.write(row)
@@ -84,6 +89,10 @@ class TensorBoard:
     def write(self, row: Row) -> None:
         for name, value in scalars(row):
             self.writer.add_scalar(name, value, row["step"])
+
+    def go_back(self, history: Sequence[Row]) -> None:
+        self.close()
+        self._open(history)
 
     def close(self) -> None:
         self.writer.close()
@@ -98,21 +107,20 @@ class WeightsAndBiases:
     def __init__(self, folder: Path, config: Mapping[str, Any], history: Sequence[Row]) -> None:
         import wandb
 
-        identity = folder / "wandb" / "id.txt"
-        self.sent: set[tuple[int, str]] = set()
-        if identity.exists():
+        file = folder / "wandb" / "id.txt"
+        self.sent: set[str] = set()
+        identity = secrets.token_hex(8)
+        if file.exists():
+            identity = file.read_text(encoding="utf-8").strip()
             # What a process before this one has sent cannot be taken back, nor needs to be: the steps after
             # its last checkpoint come out the same. Its metrics file is still as it left it.
             metrics = folder / "metrics.jsonl"
-            self.sent = {row_kind(row) for row in (read_metrics(metrics) if metrics.exists() else ())}
-        else:
-            identity.parent.mkdir(parents=True, exist_ok=True)
-            identity.write_text(secrets.token_hex(8) + "\n", encoding="utf-8")
+            self.sent = {lasting(row) for row in (read_metrics(metrics) if metrics.exists() else ())}
         try:
             self.run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "palm_pytorch"),
                 dir=str(folder),
-                id=identity.read_text(encoding="utf-8").strip(),
+                id=identity,
                 name=folder.name,
                 config=dict(config),
                 resume="allow",
@@ -121,16 +129,29 @@ class WeightsAndBiases:
             raise ConnectionError(
                 f"log has 'wandb', which does not work: {error}. `wandb login` or WANDB_MODE=offline may help"
             ) from error
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(identity + "\n", encoding="utf-8")
+        # Its own count of steps, which it draws over by default, must not go back; a column of ours may.
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
+        self.ahead = 0  # of ours, its count
         for row in history:
             self.write(row)
 
     def write(self, row: Row) -> None:
-        if row_kind(row) not in self.sent and row["step"] >= self.run.step:
-            self.run.log(dict(scalars(row)), step=row["step"])
+        if lasting(row) in self.sent:
+            return
+        if row["step"] + self.ahead < self.run.step:
+            self.ahead = self.run.step + 1 - row["step"]
+        self.run.log({"step": row["step"], **dict(scalars(row))}, step=row["step"] + self.ahead)
+
+    def go_back(self, history: Sequence[Row]) -> None:
+        """Nothing: the steps that were given up stay, and those in their place are drawn beside them."""
 
     def close(self) -> None:
         self.run.finish()
 
 
-def row_kind(row: Row) -> tuple[int, str]:
-    return row["step"], row.get("split") or f"event/{row['event']}"
+def lasting(row: Row) -> str:
+    """All of a row that comes out the same when its step is taken again."""
+    return json.dumps({name: value for name, value in row.items() if name not in MEASURED})

@@ -16,6 +16,7 @@ from palm_pytorch.data.tokenizer import ByteTokenizer, Tokenizer, expect_tokeniz
 from palm_pytorch.models.language_model import LanguageModel
 from palm_pytorch.training.architecture import build_model
 from palm_pytorch.training.checkpoint import (
+    Source,
     find_checkpoint,
     load_weights,
     read_about,
@@ -134,7 +135,8 @@ def load_run(checkpoint: str) -> Trained:
         )
     folder = folder.resolve()
     run, about = folder.parent.parent, read_about(folder)
-    config = TrainConfig.for_machine(**about["config"])
+    # On the device that it was trained on, which need not be here, nothing depends.
+    config = TrainConfig.for_machine(**{**about["config"], "device": "cpu"})
     tokenizer = stored_tokenizer(run) or ByteTokenizer()
     expect_tokenizer(tokenizer, about["data"]["tokenizer"], f"the run in {run}")
     model = build_model(config, tokenizer.num_tokens)
@@ -144,7 +146,8 @@ def load_run(checkpoint: str) -> Trained:
 
 
 def run_checkpoint(name: str) -> Path | None:
-    """The checkpoint of a run that `name` means, as for `load_run`; None if none is there.
+    """The checkpoint of a run that `name` means, as for `load_run`; None if none is there. The best is the
+    newest, with a warning, where the one that was is damaged or could not be written.
 
     Raises:
         FileNotFoundError: there is none.
@@ -154,7 +157,9 @@ def run_checkpoint(name: str) -> Path | None:
         return find_checkpoint(name, None)
     newest = find_checkpoint(str(path.parent), None)
     best = None if newest is None else read_about(newest)["state"]["best_step"]
-    return newest if best is None else find_checkpoint(str(step_folder(path.parent, best)), None)
+    if newest is None or best is None:
+        return newest
+    return Source(path.parent, [newest, step_folder(path.parent, best)]).undamaged()
 
 
 def is_run(source: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +32,9 @@ class Recorder:
 
     def write(self, row: Mapping[str, Any]) -> None:
         self.rows.append(row)
+
+    def go_back(self, history: Sequence[Mapping[str, Any]]) -> None:
+        self.rows = list(history)
 
     def close(self) -> None:
         self.closed += 1
@@ -80,6 +83,18 @@ def test_sinks_get_the_new_rows_and_are_closed(tmp_path: Path) -> None:
         raise ZeroDivisionError
     for sink in sinks:
         assert sink.rows == read_metrics(tmp_path / "metrics.jsonl")[3:] and sink.closed == 1
+
+
+def test_rows_that_were_given_up_are_gone(tmp_path: Path) -> None:
+    path, sink = tmp_path / "metrics.jsonl", Recorder()
+    with MetricsLog(path, ROWS[:1], sinks=[sink]) as metrics:
+        metrics.event("spike", STATE)
+        metrics.go_back(ROWS[:1])
+        assert metrics.rows == 1 and read_metrics(path) == ROWS[:1]
+        metrics.event("rollback", STATE)
+        assert metrics.rows == 2
+    told = [*ROWS[:1], {"step": 4, "event": "rollback", "tokens": 90}]
+    assert read_metrics(path) == told == sink.rows
 
 
 def test_an_unfinished_last_line_is_left_out(tmp_path: Path) -> None:

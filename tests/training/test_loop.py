@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import multiprocessing
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ import torch
 from safetensors.torch import load_file
 
 from palm_pytorch import from_pretrained
+from palm_pytorch.cli import train_command
 from palm_pytorch.data.batch import IGNORED, Batch
 from palm_pytorch.training import loop, observe, saver
 from palm_pytorch.training.checkpoint import complete_checkpoints, load_weights
+from palm_pytorch.training.distributed import Parallel
 from palm_pytorch.training.logging import MEASURED, read_metrics
 from palm_pytorch.training.loop import Outcome, train
 from palm_pytorch.training.observe import quoted
@@ -139,12 +143,15 @@ def assert_same(run: Run, other: Run) -> None:
     torch.testing.assert_close(*models, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "precision"), [*((model, "float32") for model in MODELS), ("palm", "bfloat16")]
+)
 def test_a_stop_and_a_resume_change_nothing(
-    model: str, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    model: str, precision: str, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float32 on the CPU, with dropout, slices, and batches read by none or two processes."""
-    options = {**tiny, "model": model, "dropout": 0.3, "grad_accum": 2, "num_workers": 0}
+    """On the CPU, with dropout, slices, and batches read by none or two processes."""
+    options = {**tiny, "model": model, "precision": precision, "dropout": 0.3, "grad_accum": 2}
+    options["num_workers"] = 0
     if model == "perceiver-ar":
         options["cross_attn_dropout"] = 0.4
     straight = prepare(**{**options, "out": tiny["out"] + "-straight"})
@@ -269,6 +276,51 @@ def test_the_best_by_validation_is_kept_and_exported(
     load_weights(complete_checkpoints(run.folder)[0], best)
     exported = from_pretrained(run.folder / "model").state_dict()
     torch.testing.assert_close(exported, best.state_dict(), rtol=0, atol=0)
+
+
+def test_a_score_that_is_no_number_is_not_the_best(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No other was below it, and so the best stayed that of the first validation."""
+    losses = iter([math.nan, 3.0, 2.0, math.nan, math.inf, 2.5, 1.0])
+
+    def scored(run: Run, split: str, *_: Any) -> tuple[float, float]:
+        return next(losses), 8.0
+
+    monkeypatch.setattr(loop, "score", scored)
+    run = prepare(**{**tiny, "eval_every": 1, "save_every": 0, "keep": 1, "generate_every": 0})
+    train(run)
+    assert (run.state.best_step, run.state.best_loss) == (3, 2.0)
+    assert [path.name for path in complete_checkpoints(run.folder)] == ["step-00000003", "step-00000006"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(FloatingPointError, 3), (KeyboardInterrupt, None), (ZeroDivisionError, None)]
+)
+def test_the_model_is_gone_before_the_process_group_whatever_ends_a_run(
+    error: type[BaseException], status: int | None, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The frames of a traceback hold on to it, and processes of FSDP and DDP sometimes abort then."""
+    seen, alive, stop = [], [], Parallel.stop
+
+    def fail(run: Run, batches: Any) -> None:
+        model = run.state.model
+        seen.extend(map(weakref.ref, [model, run.state.optimizer, *model.parameters()]))
+        raise error
+
+    def stop_and_look(parallel: Parallel) -> None:
+        gc.collect()
+        alive.append([each() is not None for each in seen])
+        stop(parallel)
+
+    monkeypatch.setattr(loop, "train_step", fail)
+    monkeypatch.setattr(Parallel, "stop", stop_and_look)
+    if status is None:
+        with pytest.raises(error):
+            train_command(**tiny)
+    else:
+        assert train_command(**tiny) == status
+    assert len(seen) > 3 and alive == [[False] * len(seen)]
 
 
 def test_a_checkpoint_that_fails_does_not_end_the_run(

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import Ranks
 
 from palm_pytorch import LaMDA, PaLM, PaLMLite, PerceiverAR
+from palm_pytorch.training import config as config_module
+from palm_pytorch.training import run as run_module
 from palm_pytorch.training.architecture import build_model
-from palm_pytorch.training.checkpoint import complete_checkpoints
+from palm_pytorch.training.checkpoint import Source, complete_checkpoints
 from palm_pytorch.training.config import TrainConfig
 from palm_pytorch.training.run import prepare
+from palm_pytorch.training.run_folder import FolderLock
 
 SHAPE = {"num_tokens": 256, "dim": 16, "depth": 1, "heads": 2, "dim_head": 8, "ff_mult": 2}
 
@@ -188,11 +194,82 @@ def test_a_folder_with_a_run_is_not_overwritten(stopped: dict[str, Any], tmp_pat
             prepare(**given)
 
 
+@pytest.mark.parametrize("name", ["model", "checkpoints", "samples", "metrics.jsonl"])
+def test_what_a_run_writes_is_not_overwritten_where_its_options_are_lost(
+    name: str, tiny: dict[str, Any]
+) -> None:
+    """Such a folder was trained into: a model in it was removed for that of the new run."""
+    kept = Path(tiny["out"]) / name / ("" if "." in name else "kept")
+    kept.parent.mkdir(parents=True)
+    kept.write_text("kept")
+    for given in (tiny, {**tiny, "resume": "auto"}):
+        with pytest.raises(FileExistsError, match=rf"holds a run already; .* \(there is {name}\)"):
+            prepare(**given)
+    assert kept.read_text() == "kept" and [path.name for path in Path(tiny["out"]).iterdir()] == [name]
+
+
+def test_old_checkpoints_do_not_become_those_of_a_new_run(stopped: dict[str, Any]) -> None:
+    (Path(stopped["out"]) / "config.json").unlink()
+    with pytest.raises(FileExistsError, match=r"there is metrics\.jsonl, checkpoints"):
+        prepare(**stopped)
+
+
+def test_a_finished_run_without_checkpoints_is_not_started_again(tiny: dict[str, Any]) -> None:
+    prepare(**tiny).close()
+    (Path(tiny["out"]) / "model").mkdir()
+    with pytest.raises(FileExistsError, match=r"there is config\.json, model"):
+        prepare(**tiny, resume="auto")
+
+
+def test_a_run_that_begins_before_the_folder_is_locked_is_not_overwritten(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two starts found no folder; the second got the lock when the first was done with it."""
+
+    class Late(FolderLock):
+        def __init__(self, folder: Path) -> None:
+            folder.mkdir()
+            (folder / "config.json").write_text("of the first")
+            super().__init__(folder)
+
+    monkeypatch.setattr(run_module, "FolderLock", Late)
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        prepare(**tiny)
+    assert (Path(tiny["out"]) / "config.json").read_text() == "of the first"
+
+
 def test_a_run_without_a_checkpoint_yet_is_started_again_by_auto(tiny: dict[str, Any]) -> None:
     for _ in range(2):
         assert prepare(**tiny, resume="auto").state.step == 0
     with pytest.raises(FileExistsError):
         prepare(**tiny)
+
+
+@pytest.mark.parametrize("given", [{}, {"precision": "auto"}])
+def test_a_run_goes_on_in_the_precision_that_it_began_in(
+    given: dict[str, Any], tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is measured then, with a checkpoint or from the start."""
+    options = {name: value for name, value in tiny.items() if name != "precision"} | given
+    monkeypatch.setattr(config_module, "select_precision", lambda name, device: torch.bfloat16)
+    prepare(**options).close()
+    monkeypatch.setattr(config_module, "select_precision", lambda name, device: torch.float32)
+    begun = prepare(**options, resume="auto")
+    assert begun.config.precision == "bfloat16"
+    begun.saver.save(begun.state)
+    assert begun.saver.wait() is None
+    begun.close()
+    assert prepare(resume=tiny["out"], **given).config.precision == "bfloat16"
+    assert prepare(resume=tiny["out"], precision="float32").config.precision == "float32"
+
+
+def test_how_processes_shared_the_work_is_not_resumed(stopped: dict[str, Any]) -> None:
+    """The command that a run of several printed failed on one: tensor_parallel did not divide it."""
+    config = Path(stopped["out"]) / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "parallel": "tp", "tensor_parallel": 2}))
+    resumed = prepare(resume=stopped["out"])
+    assert (resumed.config.parallel, resumed.config.tensor_parallel) == ("auto", None)
+    assert prepare(resume=stopped["out"], parallel="ddp").config.parallel == "ddp"
 
 
 @pytest.mark.parametrize(
@@ -213,13 +290,73 @@ def test_what_is_refused_leaves_no_folder(
     assert not Path(tiny["out"]).exists()
 
 
+def test_of_a_refused_run_nothing_is_left_that_was_made_for_it(tiny: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.txt"):
+        prepare(**{**tiny, "data": "nowhere.txt", "out": str(tmp_path / "mine" / "runs" / "run")})
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+# Data that are not there: what cannot be written to is refused before they are looked for.
+CANNOT_BE_WRITTEN = "out is {}; expected a folder that can be written to"
+
+
 def test_a_file_in_the_way_is_named(tiny: dict[str, Any]) -> None:
     Path(tiny["out"]).write_text("not a folder")
-    with pytest.raises(OSError, match="run"):
-        prepare(**tiny)
+    with pytest.raises(OSError, match=CANNOT_BE_WRITTEN.format(tiny["out"])):
+        prepare(**{**tiny, "data": "nowhere.txt"})
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that not even root can write to")
 def test_a_folder_that_cannot_be_written_to_is_named(tiny: dict[str, Any]) -> None:
-    with pytest.raises(OSError, match="/proc/run"):
-        prepare(**{**tiny, "out": "/proc/run"})
+    with pytest.raises(OSError, match=CANNOT_BE_WRITTEN.format("/proc/run")):
+        prepare(**{**tiny, "data": "nowhere.txt", "out": "/proc/run"})
+
+
+# ------------------------------------------------------------------------------------- several processes
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
+def resume_blind(options: dict[str, Any]) -> tuple[int, int]:
+    """Where a run goes on, and how many rows it has then; the second process finds no checkpoint."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ["RANK"] == "1":
+            patch.setattr(Source, "find", lambda resume, out: None)
+        run = prepare(**options, resume="auto")
+    found = run.state.step, len(run.history)
+    run.close()
+    return found
+
+
+def test_all_processes_go_on_from_what_the_first_one_finds(ranks: Ranks, stopped: dict[str, Any]) -> None:
+    """Where a file system was behind, a process began anew, and the others waited for it to load too."""
+    assert ranks.run(2, resume_blind, stopped) == [(4, 5), (4, 5)]
+
+
+def refusal(options: dict[str, Any]) -> str:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((OSError, ValueError)) as refused:
+        if options.pop("full"):
+            patch.setattr(run_module, "write_durably", full_disk)
+        prepare(**options)
+    return str(refused.value)
+
+
+def full_disk(path: Path, text: str) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_what_the_first_process_cannot_write_all_refuse(
+    full: bool, ranks: Ranks, tiny: dict[str, Any]
+) -> None:
+    if not full:
+        Path(tiny["out"]).write_text("not a folder")
+    says = "No space left on device" if full else CANNOT_BE_WRITTEN.format(tiny["out"])
+    first, second = ranks.run(2, refusal, {**tiny, "full": full})
+    assert says in first and second == f"process 0: {first}"

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from palm_pytorch.cli import main
 from palm_pytorch.training import sinks
 from palm_pytorch.training.config import TrainConfig
-from palm_pytorch.training.logging import Row, read_metrics
+from palm_pytorch.training.logging import MetricsLog, Row, read_metrics
 from palm_pytorch.training.loop import train
 from palm_pytorch.training.run import prepare
 from palm_pytorch.training.sinks import check_sinks, open_sinks, scalars, sink_names
@@ -76,6 +77,19 @@ def test_tensorboard_has_every_point_once(checkpoint: int, tmp_path: Path) -> No
     assert tensorboard_points(tmp_path / "run") == points(STRAIGHT)
 
 
+def test_tensorboard_forgets_the_steps_that_were_given_up(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    (sink,) = open_sinks("tensorboard", tmp_path, CONFIG, [])
+    for row in STRAIGHT[:5]:
+        sink.write(row)
+    sink.go_back(STRAIGHT[:3])
+    anew = [{**row, "loss": row["loss"] + 7} for row in STRAIGHT[3:5]]
+    for row in anew:
+        sink.write(row)
+    sink.close()
+    assert tensorboard_points(tmp_path) == points([*STRAIGHT[:3], *anew])
+
+
 def test_tensorboard_gets_the_history_of_another_folder(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     log("tensorboard", tmp_path / "branch", STRAIGHT[:3], STRAIGHT[3:])
@@ -118,20 +132,28 @@ def wandb_records(file: Path) -> list[Any]:
 
 
 def wandb_runs(folder: Path) -> list[tuple[str, dict[str, str], dict[str, list[tuple[int, float]]]]]:
-    """Of each offline run, oldest first: its id, its config, and its points."""
+    """Of each offline run, oldest first: its id, its config, and its points over our steps, which are what it
+    is drawn over. Its own steps must not decrease.
+    """
     runs = []
     for file in sorted((folder / "wandb").glob("offline-run-*/run-*.wandb")):
-        identity, config, found = "", {}, {}
+        identity, config, found, own, axes = "", {}, {}, -1, {}
         for record in wandb_records(file):
             if record.WhichOneof("record_type") == "run":
                 identity = record.run.run_id
                 config = {item.key: item.value_json for item in record.run.config.update}
+            elif record.WhichOneof("record_type") == "metric":
+                axes[record.metric.glob_name] = record.metric.step_metric
             elif record.WhichOneof("record_type") == "history":
-                for item in record.history.item:
-                    name = item.key or "/".join(item.nested_key)
+                items = {item.key or "/".join(item.nested_key): item for item in record.history.item}
+                values = {name: json.loads(item.value_json) for name, item in items.items()}
+                step = values.pop("step")
+                for name, value in values.items():
                     if not name.startswith("_"):
-                        value = json.loads(item.value_json)
-                        found.setdefault(name, []).append((record.history.step.num, value))
+                        found.setdefault(name, []).append((step, value))
+                assert record.history.step.num > own
+                own = record.history.step.num
+        assert axes["*"] == "step"
         runs.append((identity, config, found))
     return runs
 
@@ -156,7 +178,35 @@ def test_wandb_offline_has_every_point_once_under_one_id(offline: None, tmp_path
     assert first[2] == points(STRAIGHT[:4]) and second[2] == points(STRAIGHT[4:])
 
 
-def test_wandb_that_lets_nobody_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_wandb_shows_the_steps_that_were_given_up_and_those_in_their_place(
+    offline: None, tmp_path: Path
+) -> None:
+    """After a roll-back the new losses were taken for ones that it had already, in the same process and, had
+    that been killed, in the next.
+    """
+    folder, kept, gone = tmp_path / "run", STRAIGHT[:3], STRAIGHT[3:5]
+    anew = [{**row, "loss": row["loss"] + 7} for row in [*gone, train_row(5)]]
+    (sink,) = open_sinks("wandb", folder, CONFIG, [])
+    with MetricsLog(folder / "metrics.jsonl", sinks=[sink]) as metrics:
+        for row in [*kept, *gone]:
+            metrics._write(row)
+        metrics.go_back(kept)
+        for row in anew[:2]:
+            metrics._write(row)
+    second_of_its_folder = int(time.time())
+    while int(time.time()) == second_of_its_folder:
+        time.sleep(0.05)
+    log("wandb", folder, kept, anew)
+    first, second = wandb_runs(folder)
+    assert first[2] == points([*kept, *gone, *anew[:2]]) and second[2] == points(anew[2:])
+
+
+def test_wandb_that_lets_nobody_in(
+    tiny: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     wandb = pytest.importorskip("wandb")
 
     def refuse(**options: Any) -> None:
@@ -165,6 +215,11 @@ def test_wandb_that_lets_nobody_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(ConnectionError, match=r"log has 'wandb'.*no API key.*WANDB_MODE=offline"):
         open_sinks("wandb", tmp_path, CONFIG, [])
+    flags = [part for name, value in tiny.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    for _ in range(2):  # it can be tried again
+        assert main(["train", "--log", "wandb", *flags]) == 2
+        assert "no API key" in capsys.readouterr().err
+    assert not Path(tiny["out"]).exists()
 
 
 # ---------------------------------------------------------------------------------------------- options

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from palm_pytorch import from_pretrained
 from palm_pytorch.checkpoints import find_tokenizer
 from palm_pytorch.cli import main
 from palm_pytorch.data.tokenizer import Tokenizer, load_tokenizer, stored_tokenizer
+from palm_pytorch.training.checkpoint import complete_checkpoints
 from palm_pytorch.training.loop import train
+from palm_pytorch.training.manifest import write_manifest
 from palm_pytorch.training.run import prepare
 from palm_pytorch.training.trained import ModelOptions, load_trained
 
@@ -87,6 +90,43 @@ def test_bits_per_byte_are_of_the_text(options: dict[str, Any]) -> None:
     assert len(held_out.tokens) < 0.8 * len(text)
     per_byte = row["loss"] * held_out.num_labels / held_out.num_bytes / math.log(2)
     assert row["bits_per_byte"] == pytest.approx(per_byte, rel=1e-6)
+
+
+def rewrite_about(folder: Path, **changes: dict[str, Any]) -> None:
+    """Have a checkpoint say something else, of which its manifest knows."""
+    about = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(
+        json.dumps({name: about[name] | changes.get(name, {}) for name in about})
+    )
+    (folder / "manifest.json").unlink()
+    write_manifest(folder, {"step": about["state"]["step"]})
+
+
+def test_a_run_of_another_device_is_read_on_this_one(
+    options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(options["out"], tmp_path / "run")
+    rewrite_about(complete_checkpoints(run)[-1], config={"device": "cuda:99"})
+    assert load(run).device.type == "cpu"
+    assert main(["evaluate", str(run), "--device", "cpu", "--stride", "16"]) == 0
+    assert main(["convert", str(run), str(tmp_path / "converted")]) == 0
+
+
+def test_the_best_is_the_newest_where_it_is_missing_or_damaged(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """As where it could not be written, and where the checkpoint that knew of a better one is damaged."""
+    run = shutil.copytree(options["out"], tmp_path / "run")
+    (newest,) = complete_checkpoints(run)
+    rewrite_about(newest, state={"best_step": 2})
+    best = run / "checkpoints" / "step-00000002"
+    for says in (rf"{best}/manifest\.json is missing", rf"{best}/state\.json is damaged"):
+        with pytest.warns(UserWarning, match=rf"{says}.*; using .*step-00000004 instead"):
+            assert load(run / "best").step == 4
+        if not best.exists():
+            shutil.copytree(newest, best)
+            assert load(run / "best").step == 2
+            (best / "state.json").write_text("{}")
 
 
 def swapped(folder: Path, file: str) -> Tokenizer:
