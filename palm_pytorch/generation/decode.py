@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from palm_pytorch.generation.packing import LEAST_STEPS, PackedModel, has_hooks
+from palm_pytorch.generation.packing import LEAST_STEPS, has_hooks, packed
 from palm_pytorch.generation.recording import RecordedSteps
 from palm_pytorch.generation.sampling import Sampling
 from palm_pytorch.layers.kv_cache import KVCache
@@ -87,11 +87,11 @@ class Context:
         self.stride = max(1, self.most // 2) if stride is None else stride
         self.latents = [min(max(length - self.prefix, 1), self.most) for length in lengths or [t] * b]
         self.cache: KVCache | None = None
-        self.packed: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.packed: LanguageModel | None = None
         self.recorded: RecordedSteps | None = None
         self.recordable = False
         if use_cache and isinstance(model, LanguageModel) and room >= LEAST_STEPS:
-            self.packed = PackedModel(model).in_use
+            self.packed = packed(model)
             # A hook would be heard at the recording alone.
             self.recordable = self.tokens.device.type == "cuda" and not has_hooks(self.modules)
 
@@ -133,20 +133,23 @@ class Context:
         self.latents = [n + 1 if n < self.most else self.most + 1 - self.stride for n in self.latents]
         if full or self.cache is None:
             return self.read()
-        with self.evaluating(), self.packed():
-            return self._step(drawn, self.cache)
+        if self.packed is None:
+            assert isinstance(self.model, LanguageModel)
+            with self.evaluating():
+                return step(self.model, drawn, self.cache)
+        with torch.inference_mode():
+            return self._step(self.packed, drawn, self.cache)
 
-    def _step(self, drawn: Tensor, cache: KVCache) -> Tensor:
-        assert isinstance(self.model, LanguageModel)
+    def _step(self, model: LanguageModel, drawn: Tensor, cache: KVCache) -> Tensor:
         if self.recordable:
             if self.recorded is None:
-                self.recorded = RecordedSteps(partial(step, self.model), cache)
+                self.recorded = RecordedSteps(partial(step, model), cache)
             try:
                 return self.recorded(drawn)
             except (RuntimeError, ValueError) as error:
                 warnings.warn(f"steps are not recorded as a CUDA graph, and slower: {error}", stacklevel=2)
                 self.recorded, self.recordable = None, False
-        return step(self.model, drawn, cache)
+        return step(model, drawn, cache)
 
     def repeat(self, times: int) -> None:
         """Every row `times` times, each beside its copies."""

@@ -10,11 +10,13 @@ nothing of it there: as long as a small operation, and a block of PaLM has seven
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
+from copy import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from palm_pytorch.models.language_model import LanguageModel
@@ -29,41 +31,40 @@ MOST_BYTES = 2 << 30
 Call = Callable[..., Any]
 
 
-class PackedModel:
-    """A packed copy of a model's weights, as they are now, and short ways to its parts, for evaluation alone.
+def packed(model: LanguageModel) -> LanguageModel:
+    """A twin of the model for evaluation: it shares the weights, has packed copies of them as they are now,
+    and goes short ways to its parts. The model itself is left alone.
 
     Weights are packed where they are not too large, and this torch and this processor know how. What is no
     part of this library or of torch is called as ever; so are all parts of a model with hooks.
     """
+    twin: LanguageModel = _twin(model, {})
+    modules = list(twin.modules())
+    if has_hooks(modules):
+        return twin
+    with suppress(RuntimeError):  # a processor without such products
+        for (module, name), product in _products(twin, modules).items():
+            vars(module)[name] = product
+    for parent in modules:
+        # A part of this library asks nothing of its own parts but what they return. And what is an object's
+        # own goes before a module's child of that name.
+        if not _is_ours(parent) or parent is twin:
+            continue
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Dropout):
+                vars(parent)[name] = _unchanged
+            elif _is_ours(child) or type(child).__module__.startswith("torch.nn."):
+                vars(parent)[name] = child.forward
+    return twin
 
-    def __init__(self, model: LanguageModel) -> None:
-        # What becomes of which names of which modules.
-        self.changes: dict[tuple[nn.Module, str], Call] = {}
-        modules = list(model.modules())
-        if has_hooks(modules):
-            return
-        with suppress(RuntimeError):  # a processor without such products
-            self.changes |= _products(model, modules)
-        for parent in modules:
-            # A part of this library asks nothing of its own parts but what they return.
-            if not _is_ours(parent) or parent is model:
-                continue
-            for name, child in parent.named_children():
-                if isinstance(child, nn.Dropout):
-                    self.changes[parent, name] = _unchanged
-                elif _is_ours(child) or type(child).__module__.startswith("torch.nn."):
-                    self.changes[parent, name] = self.changes.get((child, "forward"), child.forward)
 
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Has the model work with it: what is an object's own goes before a module's child of that name."""
-        try:
-            for (module, name), call in self.changes.items():
-                vars(module)[name] = call
-            yield
-        finally:
-            for module, name in self.changes:
-                vars(module).pop(name, None)
+def _twin(module: Any, made: dict[nn.Module, nn.Module]) -> Any:
+    """Copies of a module and those below, in evaluation mode, of the same tensors and whatever else."""
+    if module not in made:
+        made[module] = copy(module)
+        children = {name: child and _twin(child, made) for name, child in module._modules.items()}
+        vars(made[module]).update(training=False, _modules=children)
+    return made[module]
 
 
 def has_hooks(modules: list[nn.Module]) -> bool:
@@ -98,7 +99,7 @@ def _products(model: LanguageModel, modules: list[nn.Module]) -> dict[tuple[nn.M
         found[model, "logits"] = [model.head_weight], model.head_bias
     if sum(weight.nbytes for weights, _ in found.values() for weight in weights) > MOST_BYTES:
         return {}
-    return {(m, name): _packed(getattr(m, name), *factors) for (m, name), factors in found.items()}
+    return {place: _packed(*factors) for place, factors in found.items()}
 
 
 def _packs(weight: Tensor) -> bool:
@@ -107,14 +108,16 @@ def _packs(weight: Tensor) -> bool:
     return cpu and weight.dtype in (torch.bfloat16, torch.float32)
 
 
-def _packed(plain: Call, weights: list[Tensor], bias: Tensor | None) -> Call:
-    """As `plain`, (x, ..) -> (x, ..) weight^T + bias with the x side by side, but with the weight packed."""
+def _packed(weights: list[Tensor], bias: Tensor | None) -> Call:
+    """(x, ..) -> (x, ..) (weight, ..)^T + bias, what is several side by side."""
     weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights, dim=1).detach(), 1)
     multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def product(x: Tensor, *more: Tensor) -> Tensor:
+        if more:
+            x = torch.cat([x, *more], dim=-1)
         if x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
-            return plain(x, *more)
-        return multiply(torch.cat([x, *more], dim=-1) if more else x, weight, bias, "none", [], "")
+            return F.linear(x, torch.cat(weights, dim=1), bias)
+        return multiply(x, weight, bias, "none", [], "")
 
     return product

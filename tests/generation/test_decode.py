@@ -388,20 +388,15 @@ def started(net: LanguageModel, n: int = 100) -> Iterator[Tensor]:
     return stream
 
 
-def replaced(module: nn.Module) -> set[str]:
-    """What is called otherwise than it is defined."""
-    return {"forward", "logits", "out", *dict(module.named_children())} & set(vars(module))
-
-
 def as_before(net: LanguageModel) -> bool:
-    """Every module trains but the one that was frozen; nothing is hooked or replaced; gradients flow."""
+    """Every module trains but the one that was frozen; nothing is hooked; gradients flow."""
     frozen = next(iter(net.modules())).token_emb
     tokens = random_tokens(2, 20)
     loss = net(tokens, labels=tokens)
     loss.backward()
     return (
         all(module.training != (module is frozen) for module in net.modules())
-        and not any(replaced(module) or module._forward_hooks for module in net.modules())
+        and not any("forward" in vars(module) or module._forward_hooks for module in net.modules())
         and all(weight.grad is not None for weight in net.parameters())
         and torch.is_grad_enabled()
         and not torch.is_inference_mode_enabled()
@@ -431,8 +426,8 @@ def test_an_exception_inside_the_model_leaves_it_usable(
     net.token_emb.eval()
     stream = started(net)
 
-    def interrupt(*_: Any) -> None:
-        assert not net.layers[1].training
+    def interrupt(module: nn.Module, _: Any) -> None:
+        assert not module.training
         raise raised
 
     hook = net.layers[1].register_forward_pre_hook(interrupt)
@@ -459,22 +454,19 @@ def test_two_streams_of_a_model_do_not_meet() -> None:
 def test_packed_weights_multiply_as_plain_ones(dtype: torch.dtype) -> None:
     net, x = build(LaMDA, {"bias": True}).to(dtype), torch.randn(3, 1, 24, dtype=dtype)
     parallel, ways = build(PaLM, {}).to(dtype), [torch.randn(3, 1, n, dtype=dtype) for n in (96, 48)]
-    out = parallel.layers[1].out(*ways)
-    with packing.PackedModel(parallel).in_use():
-        assert "out" in replaced(parallel.layers[1])
-        assert error(parallel.layers[1].out(*ways), out) <= (1e-6 if dtype == torch.float32 else 1e-2)
-    packed = packing.PackedModel(net)
-    attn, ff = net.layers[0].attn, net.layers[0].ff
-    products = {"head": lambda x: net.logits(x), "ff": lambda x: ff[0](x), "q": lambda x: attn.to_q(x)}
-    plain = {name: product(x) for name, product in products.items()}
-    assert not any(map(replaced, net.modules()))
-    with packed.in_use():
-        assert replaced(net) == {"logits"} and replaced(ff[0]) == {"forward"} and "to_q" in replaced(attn)
-        for name, product in products.items():
-            assert error(product(x), plain[name]) <= (1e-6 if dtype == torch.float32 else 1e-2), name
-            with torch.autocast("cpu", torch.bfloat16):
-                assert product(x.float()).dtype == torch.bfloat16, name
-    assert not any(map(replaced, net.modules()))
+
+    def products(model: LanguageModel, parallel: LanguageModel) -> Iterator[Tensor]:
+        modules = dict(model.named_modules())
+        for kind in (dtype, torch.float32):
+            with torch.autocast("cpu", torch.bfloat16, enabled=kind != dtype):
+                for part in (model.logits, modules["layers.0.ff.0"], modules["layers.0.attn"].to_q):
+                    yield part(x.to(kind))
+                yield parallel.layers[1].out(*(way.to(kind) for way in ways))
+
+    twins = packing.packed(net), packing.packed(parallel)
+    for one, other in zip(products(net, parallel), products(*twins), strict=True):
+        assert one.dtype == other.dtype
+        assert error(other, one) <= (1e-6 if one.dtype == torch.float32 else 1e-2)
 
 
 class Scaled(nn.Linear):
@@ -502,10 +494,21 @@ def test_parts_of_another_kind_multiply_as_they_do() -> None:
 
 def test_weights_that_are_too_many_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     net = build(PaLM, {})
-    names = {name for _, name in packing.PackedModel(net).changes}
-    assert {"logits", "forward"} <= names or not torch.backends.mkldnn.is_available()
+    assert "logits" in vars(packing.packed(net)) or not torch.backends.mkldnn.is_available()
     monkeypatch.setattr(packing, "MOST_BYTES", 100)
-    assert not {"logits", "forward"} & {name for _, name in packing.PackedModel(net).changes}
+    twin = packing.packed(net)
+    assert not any({"logits", "forward", "out"} & set(vars(module)) for module in twin.modules())
+
+
+def test_a_twin_leaves_its_model_alone() -> None:
+    """Modes, children and names; weights are the same ones, also of a part that is there twice."""
+    net = build(LaMDA, {}).train()
+    net.layers[1].ff_norm = net.layers[1].attn_norm
+    before = {module: dict(vars(module)) for module in net.modules()}
+    twin = packing.packed(net)
+    assert {module: vars(module) for module in net.modules()} == before
+    assert not {*net.modules()} & {*twin.modules()} and not any(m.training for m in twin.modules())
+    assert [*map(id, twin.parameters())] == [*map(id, net.parameters())]
 
 
 @pytest.mark.skipif(
