@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from palm_pytorch.training.activation_checkpointing import recompute
+from palm_pytorch.training.architecture import read_architecture
 from palm_pytorch.training.config import TrainConfig
 from palm_pytorch.training.rendezvous import join, rendezvous
 from palm_pytorch.training.resharding import fill
@@ -193,12 +194,13 @@ def own_gpu(device: torch.device) -> torch.device:
     """The GPU of this process among those of its machine.
 
     Raises:
-        ValueError: there are fewer than processes.
+        ValueError: there are fewer than processes; on all of these.
     """
     local = int(os.environ.get("LOCAL_RANK", 0))
-    if local >= torch.cuda.device_count():
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)), torch.cuda.device_count()
+    if processes > gpus:
         raise ValueError(
-            f"LOCAL_RANK is {local}; expected a process for each of the {torch.cuda.device_count()} GPUs here"
+            f"nproc-per-node is {processes}; expected at most a process for each of the {gpus} GPUs here"
         )
     return torch.device("cuda", local) if device.index is None or "LOCAL_RANK" in os.environ else device
 
@@ -236,7 +238,11 @@ def choose_grid(config: TrainConfig, world_size: int) -> tuple[str, int]:
         )
     check_batch_size(config.batch_size, world_size // tensor_ranks)
     if tensor_ranks > 1:
-        for name, size in (("heads", config.heads), ("dim * ff_mult", config.dim * config.ff_mult)):
+        sizes = {"heads": config.heads, "dim * ff_mult": config.dim * config.ff_mult}
+        kv_heads = read_architecture(config.architecture).get("kv_heads")
+        if isinstance(kv_heads, int) and kv_heads > 1:  # a single one is on every rank
+            sizes["kv_heads"] = kv_heads
+        for name, size in sizes.items():
             if size % tensor_ranks:
                 raise ValueError(
                     f"{name} is {size}; expected a multiple of the {tensor_ranks} processes that share it"

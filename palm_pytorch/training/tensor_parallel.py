@@ -8,6 +8,10 @@ each rank knows the gradient from its own query heads only, so the gradient of t
 is summed too, as is that of gains shared by all heads. Left out, nothing fails: ranks drift apart and learn
 something else. Embeddings, norms and logits are whole on every rank, and get the same gradient there.
 
+PyTorch's own plans for this, over DTensor, cut a weight into equal pieces, where a fused projection is cut
+part by part and its one key/value head not at all, and leave what they do not name without the sum of its
+gradients. So the layers here are plain ones; DTensor serves FSDP and resharding.
+
 Shapes: t ranks; h heads; g key/value heads; d head dim; c model width; f inner width.
 """
 
@@ -145,8 +149,8 @@ class SplitLinear(nn.Linear):
         return F.linear(x, weight, bias)
 
 
-class SummedLinear(nn.Linear):
-    """Columns of a linear layer for the features of this rank, and the sum over all ranks.
+class TermLinear(nn.Linear):
+    """Columns of a linear layer for the features of this rank: its term of the sum over all ranks.
 
     `in_features` and `out_features` are those of the whole layer, which its initialisation goes by.
     """
@@ -155,32 +159,17 @@ class SummedLinear(nn.Linear):
         super().__init__(whole.in_features, whole.out_features, whole.bias is not None, device="meta")
         self.group = layout.group
         self.weight, self.bias = share(whole.weight, layout), whole.bias
-        # Of a layer before it that leaves its own term for the same sum.
-        self.pending: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.linear(x, self.weight)
-        if self.pending is not None:
-            out, self.pending = out + self.pending, None
-        out = _Sum.apply(out, self.group)
+        return F.linear(x, self.weight)
+
+
+class SummedLinear(TermLinear):
+    """The same, and the sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = _Sum.apply(super().forward(x), self.group)
         return out if self.bias is None else out + self.bias
-
-
-class PendingLinear(nn.Linear):
-    """Columns of a linear layer whose output goes into the sum of `summed`, called next; it gives 0 itself.
-
-    So a parallel block, which adds both of its branches to the stream, waits for one sum instead of two.
-    """
-
-    def __init__(self, whole: nn.Linear, layout: Layout, summed: SummedLinear) -> None:
-        super().__init__(whole.in_features, whole.out_features, bias=False, device="meta")
-        self.weight = share(whole.weight, layout)
-        self._summed = [summed]  # in a list, so as not to become a module within this one
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.linear(x, self.weight)
-        self._summed[0].pending = out
-        return out.new_zeros(())
 
 
 def share(parameter: Tensor, layout: Layout) -> nn.Parameter:
@@ -247,8 +236,8 @@ class Cut:
     ) -> SplitLinear:
         return SplitLinear(linear, self.layout(0, widths, split))
 
-    def summed(self, linear: nn.Linear) -> SummedLinear:
-        return SummedLinear(linear, self.layout(1, [linear.in_features]))
+    def term(self, linear: nn.Linear, kind: type[TermLinear] = TermLinear) -> TermLinear:
+        return kind(linear, self.layout(1, [linear.in_features]))
 
     def parallel_block(self, block: ParallelBlock | ParallelLiteBlock) -> None:
         self.check("heads", block.attn_out.in_features // block.dim_head)
@@ -258,9 +247,10 @@ class Cut:
         self.sum_gradient_of_output(block.norm)
         block.fused_proj = projection = self.split(block.fused_proj, block.widths, split)
         block.widths = projection.layout.local_widths
-        block.ff_out = self.summed(block.ff_out)
-        layout = self.layout(1, [block.attn_out.in_features])
-        block.attn_out = PendingLinear(block.attn_out, layout, block.ff_out)
+        # Both of its branches are added to the stream, so that one sum does for them.
+        terms = block.out
+        block.attn_out, block.ff_out = self.term(block.attn_out), self.term(block.ff_out)
+        block.out = lambda *inner: _Sum.apply(terms(*inner), self.group)  # type: ignore[method-assign]
         for norm in (block.q_norm, block.k_norm):
             if isinstance(norm, L2Norm):
                 sum_gradients(norm, self.group)
@@ -295,14 +285,14 @@ class Cut:
         split = width > attention.dim_head
         attention.to_q = self.split(attention.to_q, [attention.to_q.out_features])
         attention.to_kv = self.split(attention.to_kv, [width, width], [split, split])
-        attention.to_out = self.summed(attention.to_out)
+        attention.to_out = self.term(attention.to_out, SummedLinear)
 
     def feedforward(self, feedforward: FeedForward) -> None:
         into, out = feedforward[0], feedforward[-1]
         assert isinstance(into, nn.Linear) and isinstance(out, nn.Linear)
         # A value and a gate, or one without gate.
         widths = [out.in_features] * (into.out_features // out.in_features)
-        feedforward[0], feedforward[-1] = self.split(into, widths), self.summed(out)
+        feedforward[0], feedforward[-1] = self.split(into, widths), self.term(out, SummedLinear)
 
     def relative_bias(self, bias: T5RelativeBias) -> None:
         bias.table = share(bias.table, self.layout(1, [bias.table.shape[1]]))

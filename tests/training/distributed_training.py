@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -13,7 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from palm_pytorch import LaMDA, PaLM, PaLMLite, PerceiverAR
+from palm_pytorch.data.batch import Batch
 from palm_pytorch.models.language_model import LanguageModel
+from palm_pytorch.training import step
 from palm_pytorch.training.checkpoint import step_folder
 from palm_pytorch.training.config import TrainConfig
 from palm_pytorch.training.distributed import (
@@ -22,6 +27,7 @@ from palm_pytorch.training.distributed import (
     parallelize,
     start,
 )
+from palm_pytorch.training.evaluate import batch_loss
 from palm_pytorch.training.gradient_norm import clip_gradients, pieces
 from palm_pytorch.training.optim import build_optimizer, set_learning_rate
 from palm_pytorch.training.resharding import whole
@@ -217,6 +223,30 @@ def synchronized(kind: str, options: dict[str, Any]) -> list[bool]:
             dist.all_gather_object(values, None if gradient is None else full(gradient, gradient))
             same.append(values[0] is not None and all(torch.equal(v, values[0]) for v in values))
     return same
+
+
+def train_poisoned(kind: str, options: dict[str, Any]) -> tuple[list[bool], list[dict[str, Tensor]]]:
+    """Two steps as `palm train` takes them, of which the first has an infinite loss on the last process:
+    whether each was taken, and the parameters before and after them."""
+    config = config_of(kind, **options)
+    with started(config) as parallel:
+        training = Training("palm", config, parallel)
+        state = TrainState(training.model, training.optimizer)
+        run: Any = SimpleNamespace(
+            config=config, state=state, network=training.network, parallel=parallel, precision=torch.float32
+        )
+        updated, parameters = [], [training.parameters()]
+        for number, slices in enumerate(tokens()):
+            mine = parallel.rows(ROWS)
+            rows = [part[mine.start : mine.stop] for part in slices]
+            batches = [Batch(part[:, :-1], part[:, 1:]) for part in rows]
+            factor = math.inf if number == 0 and parallel.rank == parallel.world_size - 1 else 1.0
+            with mock.patch.object(
+                step, "batch_loss", lambda *inputs, f=factor, **more: f * batch_loss(*inputs, **more)
+            ):
+                updated.append(step.train_step(run, batches).updated)
+            parameters.append(training.parameters())
+        return updated, parameters
 
 
 def train_by_recipe(name: str, kind: str, options: dict[str, Any]) -> dict[str, Tensor]:

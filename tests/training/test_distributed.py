@@ -11,7 +11,7 @@ import torch
 from ranks import Ranks, environment, free_port
 
 from palm_pytorch.cli import main
-from palm_pytorch.training.distributed import choose_grid
+from palm_pytorch.training.distributed import choose_grid, own_gpu
 
 WORLDS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "1": (1, "none", {}),
@@ -21,6 +21,9 @@ WORLDS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "fsdp-4": (4, "fsdp", {}),
     "tp-2": (2, "tp", {}),
     "tp-4": (4, "tp", {}),
+    "ddp-2-again": (2, "ddp", {"activation_checkpointing": "block"}),
+    "fsdp-2-again": (2, "fsdp", {"activation_checkpointing": "attention"}),
+    "tp-2-again": (2, "tp", {"activation_checkpointing": "block"}),
     "fsdp-2-tp-2": (4, "fsdp+tp", {"tensor_parallel": 2}),
 }
 
@@ -113,6 +116,38 @@ def test_gradients_travel_after_the_last_slice_only(ranks: Ranks, world: str) ->
     assert run(ranks, world, cases.synchronized) == [[False, True]] * WORLDS[world][0]
 
 
+@pytest.mark.parametrize("world", ["ddp-2", "fsdp-2", "tp-2"])
+def test_a_loss_that_is_no_number_on_one_process_is_skipped_on_all(ranks: Ranks, world: str) -> None:
+    """Processes that decided by themselves would drift apart, or wait for each other."""
+    results = run(ranks, world, cases.train_poisoned)
+    for updated, (start, skipped, end) in results:
+        assert updated == [False, True]
+        for name, value in start.items():
+            assert torch.equal(skipped[name], value)
+            assert torch.equal(end[name], results[0][1][2][name])
+        assert not torch.equal(end["token_emb.weight"], start["token_emb.weight"])
+
+
+@pytest.mark.parametrize("name", ["palm", "lamda"])
+def test_compiled_blocks_train_as_others(
+    name: str, alone: dict[str, cases.Trained], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where they are computed again. Without the code that a backend would make of them."""
+    environment(monkeypatch)
+    compiled: list[Any] = []
+
+    def compile(forward: Callable[..., Any]) -> Callable[..., Any]:
+        compiled.append(forward)
+        return whole_compile(forward, backend="eager")
+
+    whole_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", compile)
+    (trained,) = cases.train_together([name], "none", {"compile": True, "activation_checkpointing": "block"})
+    assert len(compiled) == cases.SHAPE["depth"]
+    assert trained.losses == pytest.approx(alone[name].losses, rel=1e-5)
+    assert trained.norms == pytest.approx(alone[name].norms, rel=1e-5)
+
+
 @pytest.mark.parametrize("world", ["tp-2", "fsdp-2-tp-2"])
 def test_adafactor_scales_by_whole_matrices_of_which_each_process_has_a_share(
     ranks: Ranks, world: str
@@ -132,6 +167,11 @@ def test_adafactor_scales_by_whole_matrices_of_which_each_process_has_a_share(
         (2, {"parallel": "ddp", "tensor_parallel": 2}, "tensor_parallel is 2 and parallel 'ddp'"),
         (8, {"parallel": "tp"}, "heads is 4; expected a multiple of the 8 processes"),
         (3, {"parallel": "tp", "heads": 3, "dim": 32}, r"dim \* ff_mult is 64; expected a multiple of the 3"),
+        (
+            2,
+            {"parallel": "tp", "model": "lamda", "heads": 6, "architecture": "kv_heads=3"},
+            "kv_heads is 3; expected a multiple of the 2 processes",
+        ),
         (2, {"parallel": "tp", "dropout": 0.1}, "dropout is 0.1; expected 0 with parallel 'tp'"),
         (3, {"parallel": "ddp"}, "batch_size is 4; expected a multiple of the 3 processes"),
         (3, {}, "batch_size is 4; expected a multiple of the 3 processes"),
@@ -149,14 +189,27 @@ def test_the_kind_follows_from_the_number_of_processes() -> None:
     assert choose_grid(cases.config_of("fsdp+tp", tensor_parallel=2), 4) == ("fsdp+tp", 2)
 
 
-def test_of_several_processes_on_a_machine_one_complains(
+def test_a_process_without_a_gpu_of_its_own_is_refused_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only where there is none: torchrun ends the others, and what they would say, when one fails."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for rank in range(3):
+        environment(monkeypatch, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=3)
+        with pytest.raises(ValueError, match="nproc-per-node is 3; expected at most .* 2 GPUs"):
+            own_gpu(torch.device("cuda"))
+    environment(monkeypatch, LOCAL_RANK=1, LOCAL_WORLD_SIZE=2)
+    assert own_gpu(torch.device("cuda")) == torch.device("cuda", 1)
+
+
+def test_of_several_processes_each_complains(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     flags = ["--device", "cpu", "--heads", "3", "--parallel", "tp", "--out", str(tmp_path / "run")]
-    for rank, lines in ((0, 1), (1, 0)):
+    for rank in (0, 1):
         environment(monkeypatch, WORLD_SIZE=2, RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         assert main(["train", *flags]) == 2
         said = capsys.readouterr().err
-        assert said.count("heads is 3; expected a multiple of the 2 processes") == lines
+        assert said.startswith(
+            f"rank {rank}: palm: error: heads is 3; expected a multiple of the 2 processes"
+        )
     assert not (tmp_path / "run").exists()
