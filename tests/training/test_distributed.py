@@ -194,7 +194,7 @@ def test_a_process_without_a_gpu_of_its_own_is_refused_on_all(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for rank in range(3):
         environment(monkeypatch, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=3)
-        with pytest.raises(ValueError, match="nproc-per-node is 3; expected at most .* 2 GPUs"):
+        with pytest.raises(ValueError, match=r"nproc-per-node is 3; expected at most .* 2 GPUs"):
             own_gpu(torch.device("cuda"))
     environment(monkeypatch, LOCAL_RANK=1, LOCAL_WORLD_SIZE=2)
     assert own_gpu(torch.device("cuda")) == torch.device("cuda", 1)
