@@ -52,9 +52,11 @@ FLOAT32 = {
 }
 
 
-def blocks_for(dim_head: int, element_size: int, capability: tuple[int, int], laden: bool) -> Blocks:
+def blocks_for(
+    dim_head: int, element_size: int, capability: tuple[int, int], laden: bool, documents: bool
+) -> Blocks:
     """The blocks for a head dim, the bytes of a number, a GPU's compute capability, and a bias or mask or
-    none."""
+    none, and of masks documents or not."""
     if element_size == 4:
         table = FLOAT32
     elif capability[0] in (9, 10):
@@ -62,6 +64,12 @@ def blocks_for(dim_head: int, element_size: int, capability: tuple[int, int], la
     else:
         table = AMPERE
     width = next(width for width in table if dim_head <= width)
-    if laden and width == 256 and element_size == 2:  # a bias or a mask needs the registers
-        return table[width]._replace(queries=AMPERE[width].queries)
-    return table[width]
+    blocks = table[width]
+    # What needs the registers.
+    if laden and width == 256 and element_size == 2:
+        blocks = blocks._replace(queries=AMPERE[width].queries)
+    if documents and width == 128 and element_size == 2:
+        blocks = blocks._replace(keys=Launch(32, 64, 8, 2))
+        if table is BLACKWELL:
+            blocks = blocks._replace(forward=Launch(128, 64, 8, 2))
+    return blocks

@@ -60,7 +60,8 @@ class _Problem(NamedTuple):
         call = Call(bias, mask, seed, dropout_p, scale, i_len, j_len, b * g)
         constants = {"G": g, "R": h // g, "D": d, "CAUSAL": causal}
         laden = any(t is not None for t in (slopes, offsets, key_mask, document_ids))
-        blocks = blocks_for(d, q.element_size(), capability_of(q.device), laden)
+        device = capability_of(q.device)
+        blocks = blocks_for(d, q.element_size(), device, laden, document_ids is not None)
         return _Problem(call, blocks, constants, groups=b * g, rows=i_len * (h // g))
 
 
