@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,8 +80,11 @@ class TensorBoard:
 
         # The reader drops all that was written before and is of that step or later: the last step of the
         # history too, whose rows may not all have been kept.
-        resumed = any(self.folder.glob("events.*"))
-        purged = max((row["step"] for row in history), default=0) if resumed else 0
+        files = [*self.folder.glob("events.*")]
+        purged = max((row["step"] for row in history), default=0) if files else 0
+        # It takes files in the order of their names, which is that of time but within a second.
+        newest = max((file.stat().st_ctime for file in files), default=0.0)
+        time.sleep(min(1.0, max(0.0, newest + 1 - time.time())))
         self.writer = SummaryWriter(str(self.folder), purge_step=purged)
         for row in history:
             if row["step"] >= purged:
