@@ -30,7 +30,7 @@ from palm_pytorch.training.config import model_options
 from palm_pytorch.training.manifest import DamagedError, check_manifest
 from palm_pytorch.training.resharding import blank, fill
 from palm_pytorch.training.state import TrainState, named_parameters, plain_buffers
-from palm_pytorch.training.tensor_parallel import layout_of
+from palm_pytorch.training.tensor_layout import layout_of
 
 STATE_FILE = "state.json"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from palm_pytorch.training.distributed import Parallel
-from palm_pytorch.training.tensor_parallel import layout_of
+from palm_pytorch.training.tensor_layout import layout_of
 
 
 def clip_gradients(model: nn.Module, max_norm: float, parallel: Parallel) -> Tensor:

@@ -15,7 +15,7 @@ from palm_pytorch.training.adafactor import Adafactor
 from palm_pytorch.training.config import TrainConfig
 from palm_pytorch.training.distributed import Parallel
 from palm_pytorch.training.gradient_norm import pieces, sum_of_squares
-from palm_pytorch.training.tensor_parallel import layout_of
+from palm_pytorch.training.tensor_layout import layout_of
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig, parallel: Parallel | None = None) -> Optimizer:

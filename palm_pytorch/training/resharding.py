@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor import zeros as zeros_over
 
-from palm_pytorch.training.tensor_parallel import layout_of
+from palm_pytorch.training.tensor_layout import layout_of
 
 
 def whole(parameter: Tensor, tensor: Tensor) -> Tensor:

@@ -21,12 +21,13 @@ from palm_pytorch.data.tokenizer import Tokenizer, load_tokenizer, stored_tokeni
 from palm_pytorch.training.architecture import build_model
 from palm_pytorch.training.checkpoint import Source, check_same_data, check_same_model, read_about
 from palm_pytorch.training.config import TrainConfig
-from palm_pytorch.training.distributed import Parallel, parallelize, start
+from palm_pytorch.training.distributed import Parallel, start
 from palm_pytorch.training.initial_weights import InitialWeights
 from palm_pytorch.training.logging import Row, Sink, read_metrics
 from palm_pytorch.training.machine import keep_freed_memory, select_device, select_precision
 from palm_pytorch.training.manifest import DamagedError, write_durably
 from palm_pytorch.training.optim import build_optimizer
+from palm_pytorch.training.parallelize import parallelize
 from palm_pytorch.training.rendezvous import restarted
 from palm_pytorch.training.run_folder import FolderLock, check_folder, is_same, set_aside
 from palm_pytorch.training.saver import Saver, clear_leftovers

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from palm_pytorch.data.batch import Batch
-from palm_pytorch.training.distributed import accumulating
 from palm_pytorch.training.evaluate import batch_loss, count_labels
 from palm_pytorch.training.gradient_norm import clip_gradients
 from palm_pytorch.training.optim import set_learning_rate
+from palm_pytorch.training.parallelize import accumulating
 from palm_pytorch.training.run import Run
 from palm_pytorch.training.schedule import learning_rate
 

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,97 +33,8 @@ from palm_pytorch.layers.relative_bias import T5RelativeBias
 from palm_pytorch.models.palm import ParallelBlock
 from palm_pytorch.models.palm_lite import ParallelLiteBlock
 from palm_pytorch.ops import AlibiBias
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a rank's parameter is cut out of that of the whole model: along `dim`, part by part.
-
-    widths: of the parts in the whole.  split: of which parts a rank has one share of `ranks`, not all.
-    group: of the ranks that have the whole between them.
-    """
-
-    dim: int
-    widths: tuple[int, ...]
-    split: tuple[bool, ...]
-    rank: int
-    ranks: int
-    group: ProcessGroup | None = None
-
-    @property
-    def local_widths(self) -> list[int]:
-        return [w // self.ranks if s else w for w, s in zip(self.widths, self.split, strict=True)]
-
-    def take(self, whole: Tensor) -> Tensor:
-        """This rank's share of a tensor of the whole model."""
-        parts = zip(whole.split(self.widths, self.dim), self.split, strict=True)
-        return torch.cat([p.chunk(self.ranks, self.dim)[self.rank] if s else p for p, s in parts], self.dim)
-
-    def join(self, shares: Sequence[Tensor]) -> Tensor:
-        """The whole again, of the shares of all ranks."""
-        parts = zip(*(share.split(self.local_widths, self.dim) for share in shares), strict=True)
-        cut = zip(parts, self.split, strict=True)
-        return torch.cat([torch.cat(p, self.dim) if s else p[0] for p, s in cut], self.dim)
-
-    def whole_shape(self, local: torch.Size) -> list[int]:
-        return [sum(self.widths) if dim == self.dim else size for dim, size in enumerate(local)]
-
-
-def layout_of(parameter: Tensor) -> Layout | None:
-    """How a parameter of a parallelized model is cut; None where every tensor rank has all of it."""
-    return getattr(parameter, "tensor_layout", None)
-
-
-# ------------------------------------------------------------------------------------- sums over the ranks
-
-
-def _summed(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
-    return total
-
-
-class _SumGradient(torch.autograd.Function):
-    """f."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _summed(grad, ctx.group), None
-
-
-class _Sum(torch.autograd.Function):
-    """g."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup | None) -> Tensor:
-        return _summed(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _SumGradientOfSharedRows(torch.autograd.Function):
-    """f for those rows of a weight that every rank has."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, layout: Layout) -> Tensor:
-        ctx.layout = layout
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        layout = ctx.layout
-        parts = zip(grad.split(layout.local_widths), layout.split, strict=True)
-        return torch.cat([part if split else _summed(part, layout.group) for part, split in parts]), None
-
-
-# -------------------------------------------------------------------------------------------------- layers
+from palm_pytorch.training.tensor_layout import Layout, share
+from palm_pytorch.training.tensor_sums import Sum, SumGradient, SumGradientOfSharedRows
 
 
 class SplitLinear(nn.Linear):
@@ -143,9 +53,9 @@ class SplitLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
         if not all(self.layout.split):
-            weight = _SumGradientOfSharedRows.apply(weight, self.layout)
+            weight = SumGradientOfSharedRows.apply(weight, self.layout)
             if bias is not None:
-                bias = _SumGradientOfSharedRows.apply(bias, self.layout)
+                bias = SumGradientOfSharedRows.apply(bias, self.layout)
         return F.linear(x, weight, bias)
 
 
@@ -168,14 +78,8 @@ class SummedLinear(TermLinear):
     """The same, and the sum."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = _Sum.apply(super().forward(x), self.group)
+        out = Sum.apply(super().forward(x), self.group)
         return out if self.bias is None else out + self.bias
-
-
-def share(parameter: Tensor, layout: Layout) -> nn.Parameter:
-    local = nn.Parameter(layout.take(parameter.detach()), requires_grad=parameter.requires_grad)
-    local.tensor_layout = layout  # type: ignore[attr-defined]
-    return local
 
 
 def sum_gradients(module: nn.Module, group: ProcessGroup) -> None:
@@ -184,7 +88,7 @@ def sum_gradients(module: nn.Module, group: ProcessGroup) -> None:
 
     def forward(x: Tensor) -> Tensor:
         own = dict(module.named_parameters(recurse=False))
-        summed = {name: _SumGradient.apply(parameter, group) for name, parameter in own.items()}
+        summed = {name: SumGradient.apply(parameter, group) for name, parameter in own.items()}
         module._parameters.update(summed)
         try:
             return plain(x)
@@ -229,7 +133,7 @@ class Cut:
             )
 
     def sum_gradient_of_output(self, norm: nn.Module) -> None:
-        norm.register_forward_hook(lambda module, inputs, out: _SumGradient.apply(out, self.group))
+        norm.register_forward_hook(lambda module, inputs, out: SumGradient.apply(out, self.group))
 
     def split(
         self, linear: nn.Linear, widths: Sequence[int], split: Sequence[bool] | None = None
@@ -250,7 +154,7 @@ class Cut:
         # Both of its branches are added to the stream, so that one sum does for them.
         terms = block.out
         block.attn_out, block.ff_out = self.term(block.attn_out), self.term(block.ff_out)
-        block.out = lambda *inner: _Sum.apply(terms(*inner), self.group)  # type: ignore[method-assign]
+        block.out = lambda *inner: Sum.apply(terms(*inner), self.group)  # type: ignore[method-assign]
         for norm in (block.q_norm, block.k_norm):
             if isinstance(norm, L2Norm):
                 sum_gradients(norm, self.group)

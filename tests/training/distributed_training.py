@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,19 +19,17 @@ from torch.distributed.tensor import DTensor
 from palm_pytorch import LaMDA, PaLM, PaLMLite, PerceiverAR
 from palm_pytorch.data.batch import Batch
 from palm_pytorch.models.language_model import LanguageModel
-from palm_pytorch.training import step
+from palm_pytorch.training import faults, step
 from palm_pytorch.training.checkpoint import step_folder
 from palm_pytorch.training.config import TrainConfig
-from palm_pytorch.training.distributed import (
-    Parallel,
-    accumulating,
-    parallelize,
-    start,
-)
+from palm_pytorch.training.distributed import Parallel, start
 from palm_pytorch.training.evaluate import batch_loss
 from palm_pytorch.training.gradient_norm import clip_gradients, pieces
+from palm_pytorch.training.loop import train as train_run
 from palm_pytorch.training.optim import build_optimizer, set_learning_rate
+from palm_pytorch.training.parallelize import accumulating, parallelize
 from palm_pytorch.training.resharding import whole
+from palm_pytorch.training.run import prepare
 from palm_pytorch.training.saver import Saver
 from palm_pytorch.training.state import TrainState
 
@@ -247,6 +246,47 @@ def train_poisoned(kind: str, options: dict[str, Any]) -> tuple[list[bool], list
                 updated.append(step.train_step(run, batches).updated)
             parameters.append(training.parameters())
         return updated, parameters
+
+
+def train_through_faults(
+    run_options: dict[str, Any], kind: str, options: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A run as `palm train` makes it, of which the last process alone finds an infinite loss at batch 3 and
+    a spike at batch 11: the numbers of its state at the end, but the seconds, and its parameters."""
+    run = prepare(**run_options, parallel=kind, **options)
+
+    def wrong_loss(*inputs: Any, **more: Any) -> Tensor:
+        loss = batch_loss(*inputs, **more)
+        if run.parallel.rank == run.parallel.world_size - 1:
+            wrong = {3: math.inf, 11: 1000.0}  # the gradient is right
+            loss = loss + wrong.get(run.state.batch_index, 0.0)
+        return loss
+
+    try:
+        with (
+            mock.patch.object(faults, "SPIKE_WINDOW", 5),
+            mock.patch.object(step, "batch_loss", wrong_loss),
+        ):
+            train_run(run)
+        numbers = {name: value for name, value in run.state.numbers().items() if name != "seconds"}
+        return numbers, {name: full(p, p) for name, p in run.state.model.named_parameters()}
+    finally:
+        run.close()
+
+
+def held_after_backward(kind: str, options: dict[str, Any]) -> dict[str, list[tuple[int, ...]]]:
+    """The shapes of tensors that keep a graph alive when the backward pass of each model is over."""
+    held = {}
+    config = config_of(kind, **options)
+    with started(config) as parallel:
+        for name in MODELS:
+            training = Training(name, config, parallel)
+            training.slice_loss(tokens()[0, 0], last=True)
+            gc.collect()
+            tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
+            held[name] = [tuple(tensor.shape) for tensor in tensors if tensor.grad_fn is not None]
+            del tensors
+    return held
 
 
 def train_by_recipe(name: str, kind: str, options: dict[str, Any]) -> dict[str, Tensor]:

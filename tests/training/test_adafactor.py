@@ -17,9 +17,10 @@ from palm_pytorch.training import adafactor
 from palm_pytorch.training.adafactor import Adafactor
 from palm_pytorch.training.architecture import build_model
 from palm_pytorch.training.config import TrainConfig
-from palm_pytorch.training.distributed import Parallel, parallelize, start
+from palm_pytorch.training.distributed import Parallel, start
 from palm_pytorch.training.optim import build_optimizer, set_learning_rate
-from palm_pytorch.training.tensor_parallel import layout_of
+from palm_pytorch.training.parallelize import parallelize
+from palm_pytorch.training.tensor_layout import layout_of
 
 
 class Definition:

@@ -12,6 +12,7 @@ from ranks import Ranks, environment, free_port
 
 from palm_pytorch.cli import main
 from palm_pytorch.training.distributed import choose_grid, own_gpu
+from palm_pytorch.training.logging import read_metrics
 
 WORLDS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "1": (1, "none", {}),
@@ -126,6 +127,32 @@ def test_a_loss_that_is_no_number_on_one_process_is_skipped_on_all(ranks: Ranks,
             assert torch.equal(skipped[name], value)
             assert torch.equal(end[name], results[0][1][2][name])
         assert not torch.equal(end["token_emb.weight"], start["token_emb.weight"])
+
+
+@pytest.mark.parametrize("world", ["ddp-2", "tp-2"])
+def test_what_is_wrong_on_one_process_sets_all_back(ranks: Ranks, world: str, tiny: dict[str, Any]) -> None:
+    """Tensor ranks compute each loss for themselves, and two of these may differ by their rounding: a process
+    that alone finds a spike would wait for the others for ever."""
+    quick = {"eval_every": 0, "generate_every": 0, "save_every": 4, "steps": 16}
+    spike = {"spike_factor": 2.0, "spike_rewind": 3, "spike_skip": 10}
+    results = run(ranks, world, cases.train_through_faults, {**tiny, **quick, **spike})
+    (numbers, parameters), *others = results
+    assert (numbers["step"], numbers["rollbacks"], numbers["passed_over"]) == (16, 1, [[8, 18]])
+    assert numbers["skipped_steps"] == 1
+    for same_numbers, same_parameters in others:
+        assert same_numbers == numbers
+        for name, value in parameters.items():
+            assert torch.equal(same_parameters[name], value), name
+    events = [row for row in read_metrics(Path(tiny["out"]) / "metrics.jsonl") if "event" in row]
+    assert [(row["step"], row["event"]) for row in events] == [(4, "skip"), (8, "rollback")]
+    assert events[0]["loss"] == "inf"
+
+
+def test_nothing_of_what_was_computed_again_is_held(ranks: Ranks) -> None:
+    """A layer that left its term with the next one kept each block's second graph alive until the next
+    forward pass, for checkpointing stops as soon as it has what the backward pass wants."""
+    for held in run(ranks, "tp-2-again", cases.held_after_backward):
+        assert held == {name: [] for name in cases.MODELS}
 
 
 @pytest.mark.parametrize("name", ["palm", "lamda"])

@@ -16,19 +16,25 @@ from palm_pytorch.training.logging import read_metrics
 # Gloo before PyTorch 2.9 cannot average as FSDP has it done.
 KIND = "fsdp" if hasattr(FSDPModule, "set_force_sum_reduction_for_comms") else "ddp"
 ROOT = Path(__file__).parents[2]
-# Runs train.py, but that rank 1 is killed in its fourth step, the first time.
+# Runs train.py, but that rank 1 is killed twice: in its fifth step, when the checkpoint of the second is
+# certain to be there, and then, started again, while it writes its part of a checkpoint.
 KILLED = """
 import os, runpy, signal, sys
+from pathlib import Path
 from palm_pytorch.training import loop
 
-train_step = loop.train_step
+in_step, in_write = Path({folder!r}, "killed-in-step"), Path({folder!r}, "killed-in-write")
 
-def killed(run, batches):
-    if run.state.step == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return train_step(run, batches)
+def fatal_once(call, mark, is_due):
+    def wrapped(*args):
+        if os.environ["RANK"] == "1" and not mark.exists() and is_due(*args):
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args)
+    return wrapped
 
-loop.train_step = killed
+loop.train_step = fatal_once(loop.train_step, in_step, lambda run, batches: run.state.step == 4)
+os.fsync = fatal_once(os.fsync, in_write, lambda file: in_step.exists())
 sys.argv[0] = {train!r}
 runpy.run_path({train!r}, run_name="__main__")
 """
@@ -43,7 +49,7 @@ def test_two_machines_recover_from_the_loss_of_a_process(tmp_path: Path, tiny: d
     tiny |= {"grad_accum": 2}
     assert main(["train", *flags({**tiny, "out": tmp_path / "alone"})]) == 0
     script = tmp_path / "killed.py"
-    script.write_text(KILLED.format(train=str(ROOT / "train.py")))
+    script.write_text(KILLED.format(train=str(ROOT / "train.py"), folder=str(tmp_path)))
     meeting = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2", "--rdzv-id", "test"]
     meeting += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
     command = [sys.executable, "-m", "torch.distributed.run", *meeting, str(script)]
@@ -64,6 +70,8 @@ def test_two_machines_recover_from_the_loss_of_a_process(tmp_path: Path, tiny: d
         for machine in machines:
             machine.kill()
     assert [machine.returncode for machine in machines] == [0, 0], "\n".join(said)
+    assert (tmp_path / "killed-in-step").exists() and (tmp_path / "killed-in-write").exists()
+    assert not list((tmp_path / "run" / "checkpoints").glob(".partial-*"))
 
     def scores(run: Path) -> dict[tuple[str, int], float]:
         rows = [row for row in read_metrics(run / "metrics.jsonl") if "split" in row]
