@@ -62,8 +62,8 @@ def _twin(module: Any, made: dict[nn.Module, nn.Module]) -> Any:
     """Copies of a module and those below, in evaluation mode, of the same tensors and whatever else."""
     if module not in made:
         made[module] = copy(module)
-        children = {name: child and _twin(child, made) for name, child in module._modules.items()}
-        vars(made[module]).update(training=False, _modules=children)
+        children = {name: _twin(child, made) for name, child in module._modules.items() if child is not None}
+        vars(made[module]).update(training=False, _modules={**module._modules, **children})
     return made[module]
 
 

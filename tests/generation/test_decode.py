@@ -501,9 +501,11 @@ def test_weights_that_are_too_many_stay_as_they_are(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_twin_leaves_its_model_alone() -> None:
-    """Modes, children and names; weights are the same ones, also of a part that is there twice."""
+    """Modes, children and names; weights are the same ones, also of a part that is there twice. A container
+    with nothing in it, which is false, is copied as others are."""
     net = build(LaMDA, {}).train()
     net.layers[1].ff_norm = net.layers[1].attn_norm
+    net.layers[0].nothing = nn.Sequential()
     before = {module: dict(vars(module)) for module in net.modules()}
     twin = packing.packed(net)
     assert {module: vars(module) for module in net.modules()} == before
