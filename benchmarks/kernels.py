@@ -28,7 +28,7 @@ from triton.runtime.driver import driver
 
 from palm_pytorch.ops.attention.triton_kernels import launch
 
-KERNELS = ("forward", "combine", "backward_queries", "backward_keys")
+KERNELS = ("forward", "combine", "backward_queries", "backward_keys", "backward_values")
 # Most shared memory of a block, in bytes: CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability".
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -130,7 +130,7 @@ def compiled(
     ids = torch.empty(b, n, dtype=torch.int64, device="meta") if "documents" in also else None
     seed = torch.empty(1, dtype=torch.int64, device="meta") if "dropout" in also else None
     dropout_p = 0.0 if seed is None else 0.1
-    options = (slopes, offsets, key_mask, ids, seed, True, dim_head**-0.5, dropout_p)
+    options = (slopes, offsets, key_mask, ids, seed, None, True, dim_head**-0.5, dropout_p)
     with compiling(capability) as found:
         results = launch.run_forward(q, k, v, *options)
         if queries == "all":

@@ -55,7 +55,7 @@ def torch_fused(kernel: SDPBackend, *, gqa: bool) -> Backend:
             k, v = (x.k, x.v) if gqa else (t.expand(-1, h, -1, -1) for t in (x.k, x.v))
             attn_mask = mask
             if isinstance(x.bias, RelativeBias):
-                values = x.bias.values(i, j).to(x.q.dtype)[None]
+                values = x.bias.windows(i, j).to(x.q.dtype)[None]
                 attn_mask = values.masked_fill(ahead, float("-inf"))
             with sdpa_kernel(kernel), warnings.catch_warnings(record=True) as reasons:
                 warnings.simplefilter("always")

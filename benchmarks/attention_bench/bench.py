@@ -20,6 +20,7 @@ from tqdm import tqdm
 # What is checked: everything at this length, and at the length that is timed what its last queries decide.
 CHECK_LENGTH, CHECK_BATCH, CHECK_ROWS = 512, 2, 64
 NOT_REACHED = "not reached"
+SLOWEST = 2.0  # seconds of a forward and backward pass: a backend that takes more is left out
 # Of the time; after it, what compiles for long waits for the rest.
 LATE_SHARE = 0.6
 
@@ -97,7 +98,11 @@ class Bench:
         with torch.set_grad_enabled(x.learn):
             self.check_small(case, prepare)
             work = prepare(x)
-            truth.expect(outcome(work, x))
+            took = self._seconds(lambda: truth.expect(outcome(work, x)))
+            if took > SLOWEST:  # unless it was for compiling
+                took = self._seconds(lambda: truth.expect(outcome(work, x)))
+            if took > SLOWEST:
+                raise Refused(f"too slow to be measured: {took:.0f} s")
             leaves = list(x.leaves.values())
             passes: dict[str, Callable[[], object]] = {
                 FORWARD: work,
@@ -107,6 +112,11 @@ class Bench:
                 times = self.clock.times(passes[which])
                 if which not in found or median(times) < found[which]["seconds"]:
                     found[which] = self._figures(case, which, times) | ({"way": way} if way else {})
+
+    def _seconds(self, work: Callable[[], object]) -> float:
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
 
     def _figures(self, case: Case, which: str, times: list[float]) -> dict[str, Any]:
         unit = "bytes_per_second" if case.kind == "decode" else "flops_per_second"

@@ -120,7 +120,8 @@ def cell(found: dict[str, Any], rate: str, size: float) -> str:
 
 
 def targets(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """What our kernels are to reach, as far as it was measured. Rates are for an H100, ratios for any GPU."""
+    """What our kernels are to reach, as far as it was measured. Rates are for an H100 or H200, ratios for any
+    GPU."""
     rows = {
         (row["kind"], row["dim_head"], row["length"], row["pass"]): row["results"] for row in report["cases"]
     }
@@ -143,7 +144,7 @@ def targets(report: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     for d, rate in {64: 360, 128: 375, 256: 300}.items():
         row = rows.get(("plain", d, 8192, FORWARD), {}).get("triton", {})
-        if "H100" in report["device"] and "seconds" in row:
+        if any(name in report["device"] for name in ("H100", "H200")) and "seconds" in row:
             add(f"forward, d={d}, TFLOP/s", row["flops_per_second"] / 1e12, ">=", rate)
         plain, both = (get("plain", d, which, "triton") for which in (FORWARD, BOTH))
         flash = get("plain", d, BOTH, "flash", "flash_attn")

@@ -49,8 +49,8 @@ class Errors(NamedTuple):
             return Errors(math.inf, math.inf)
         difference, size = (t.norm(dim=-1) for t in (found.double() - truth, truth))
         whole = size.square().mean().sqrt()
-        # A row of nearly nothing, as the first query has in dq, is held to a share of the others.
-        rows = difference / (size + 0.1 * whole)
+        # A row of nearly nothing, as the first query has in dq, rounds as the others do.
+        rows = difference / (size + whole)
         return Errors((difference.square().mean().sqrt() / whole).item(), rows.max().item())
 
 

@@ -58,14 +58,16 @@ def record(work: Callable[[], Tensor], again: Callable[[], None]) -> Callable[[]
     """A CUDA graph of `work`, which always works on the same tensors; `again` undoes what it did to them."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):  # libraries and kernels get ready, which cannot be recorded
-            work()
-            again()
-    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work()
+    # Autocast as it is, but without weights that it keeps only until its owner leaves it.
+    with torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
+        with torch.cuda.stream(side):
+            for _ in range(2):  # libraries and kernels get ready, which cannot be recorded
+                work()
+                again()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            result = work()
 
     def replay() -> Tensor:
         graph.replay()

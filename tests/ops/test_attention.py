@@ -496,6 +496,16 @@ def test_bias_of_another_dtype(backend: str, dtype: torch.dtype, table_dtype: to
     assert table.grad is not None and table.grad.dtype == table_dtype
 
 
+@pytest.mark.parametrize(("i", "j"), [(1, 1), (1, 40), (17, 17), (5, 300), (40, 9)])
+def test_windows_on_distances_are_the_bias_and_so_is_their_gradient(i: int, j: int) -> None:
+    table = torch.randn(10, 3, dtype=torch.float64, requires_grad=True)
+    bias, grad = RelativeBias(table, 50, 0.7), torch.randn(3, i, j, dtype=torch.float64)
+    found, wanted = bias.windows(i, j), bias.values(i, j)
+    assert torch.equal(found, wanted)
+    (found,), (wanted,) = (torch.autograd.grad(t, table, grad) for t in (found, wanted))
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-12 * grad.numel())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", cases(SIZES[1:6], ["alibi", "t5"], [None, "keys"]), ids=str)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_problems import needs_interpreter
 from definitions import error
 from torch import Tensor
 
@@ -81,18 +82,36 @@ def test_heads_are_shared_out_over_cores(
     assert made == [shares] * 5
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "sdpa", "blockwise"])
+@pytest.mark.parametrize(
+    "backend", ["auto", "reference", "sdpa", "blockwise", pytest.param("triton", marks=needs_interpreter)]
+)
 @pytest.mark.parametrize("kind", ["alibi", "t5"])
 @pytest.mark.parametrize("at", [0, 5, 140, 199])
-@torch.no_grad()
 def test_a_bias_is_measured_from_where_the_query_is(kind: str, at: int, backend: str) -> None:
-    """200 keys, of which those behind `at` are not there yet."""
-    q, k, v = (torch.randn(2, heads, n, 24) for heads, n in ((6, 1), (3, 200), (3, 200)))
+    assert error(*measured_from(at, kind, backend, torch.float32, "cpu")) <= 2e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "reference", "sdpa", "blockwise", "triton"])
+@pytest.mark.parametrize("kind", ["alibi", "t5"])
+@pytest.mark.parametrize("at", [0, 5, 140, 199])
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
+def test_so_it_is_on_a_gpu(dtype: torch.dtype, allowed: float, at: int, kind: str, backend: str) -> None:
+    """Whose kernels took the numbers of a float32 bias for bfloat16 ones."""
+    assert error(*measured_from(at, kind, backend, dtype, "cuda")) <= allowed
+
+
+@torch.no_grad()
+def measured_from(at: int, kind: str, backend: str, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """What is found and what is wanted of 200 keys, of which those behind `at` are not there yet."""
+    q, k, v = (torch.randn(2, heads, n, 24).to(dtype) for heads, n in ((6, 1), (3, 200), (3, 200)))
     bias, wide_bias = random_bias(kind, 6)
     wanted = exact(q, k[:, :, : at + 1], v[:, :, : at + 1], bias=wide_bias)
-    bias = type(bias)(**{**vars(bias), "at": torch.tensor([at])})
-    mask = (torch.arange(200) <= at).expand(2, -1)
-    assert error(attention(q, k, v, bias=bias, key_mask=mask, backend=backend), wanted) <= 2e-6
+    there = {n: t.to(device) if isinstance(t, Tensor) else t for n, t in vars(bias).items()}
+    bias = type(bias)(**{**there, "at": torch.tensor([at], device=device)})
+    mask = (torch.arange(200, device=device) <= at).expand(2, -1)
+    q, k, v = (t.to(device) for t in (q, k, v))
+    return [attention(q, k, v, bias=bias, key_mask=mask, backend=backend).cpu(), wanted]
 
 
 @pytest.mark.parametrize("backend", ["flex", "triton", "blockwise"])

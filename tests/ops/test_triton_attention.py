@@ -37,7 +37,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 16 keys and 16 or 32 rows, so that few positions are many blocks of every kind."""
     launch = module("triton_kernels.launch")
     wide, square = launch.Launch(32, 16, 4, 2), launch.Launch(16, 16, 4, 2)
-    monkeypatch.setattr(launch, "blocks_for", lambda *_: launch.Blocks(wide, square, square, wide))
+    monkeypatch.setattr(launch, "blocks_for", lambda *_: launch.Blocks(wide, square, square, wide, square))
 
 
 def spread(sizes: list[Any], masks: list[str | None]) -> list[Case]:
@@ -144,6 +144,13 @@ def test_documents_elsewhere_are_not_even_read(i: int, causal: bool, small_block
         assert all(torch.equal(a, b) for a, b in zip(solve(own), wanted, strict=True))
 
 
+def test_document_ids_however_they_lie_in_memory() -> None:
+    q, kv = torch.randn(2, 2, 19, 16), torch.randn(2, 1, 19, 16)
+    ids = torch.randint(3, (19, 2)).T
+    found = attention(q, kv, kv, document_ids=ids, backend="triton")
+    assert error(found, plain_attention(q, kv, kv, document_ids=ids)) <= 1e-5
+
+
 def test_document_ids_beyond_32_bits() -> None:
     ids = torch.tensor([[5, 5, 5 + 2**32, 5 + 2**32, 5]])
     q, kv = torch.randn(1, 2, 5, 16), torch.randn(1, 1, 5, 16)
@@ -230,10 +237,10 @@ def test_gradients_under_dropout(bias: str | None, small_blocks: None) -> None:
 @pytest.mark.parametrize("options", ["plain", "everything"])
 def test_opcheck(options: str) -> None:
     q, k, v = (torch.randn(2, h, 9, 16, requires_grad=True) for h in (4, 2, 2))
-    everything: tuple[Any, ...] = (None,) * 5
+    everything: tuple[Any, ...] = (None,) * 6
     if options == "everything":
         key_mask, ids = torch.rand(2, 9) > 0.3, torch.randint(3, (2, 9))
-        everything = (None, torch.randn(4, 5, requires_grad=True), key_mask, ids, torch.tensor([7]))
+        everything = (None, torch.randn(4, 5, requires_grad=True), key_mask, ids, torch.tensor([7]), None)
     dropout_p = 0.0 if options == "plain" else 0.2
     torch.library.opcheck(module("triton_op")._attention, (q, k, v, *everything, True, 0.25, dropout_p))
 
@@ -247,7 +254,7 @@ def test_what_is_traced_lies_in_memory_as_what_is_computed(heads: tuple[int, int
 
     def strides(*tensors: Tensor) -> list[Any]:
         q, k, v, grad, offsets = tensors
-        options = (None, offsets, None, None, None, True, 0.25, 0.0)
+        options = (None, offsets, None, None, None, None, True, 0.25, 0.0)
         results = op._attention(q, k, v, *options)
         results += op._attention_backward(grad, q, k, v, *results, True, *options)
         return [(t.shape, t.stride(), t.dtype) for t in results]

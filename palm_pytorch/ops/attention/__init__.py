@@ -21,6 +21,8 @@ from palm_pytorch.ops.attention.torch_backends import flex, sdpa
 
 __all__ = ["BACKENDS", "AlibiBias", "RelativeBias", "attention"]
 
+# Asked once: some releases' compilers cannot follow the question.
+AUTOCASTING = {device for device in ("cpu", "cuda", "mps", "xpu") if is_autocast_available(device)}
 TRITON_INSTALLED = find_spec("triton") is not None
 
 
@@ -82,13 +84,15 @@ def attention(
     check_backend(backend)
     device = q.device.type
     # As for a matrix product, which leaves float64 alone.
-    if is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+    if device in AUTOCASTING and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if backend == "auto":
-        backend = _fastest(q) if bias is None or bias.at is None else "blockwise"
-    if bias is not None and bias.at is not None and backend in ("flex", "triton"):
-        raise ValueError(f"backend {backend!r}: bias: expected `at` to be None; backend 'sdpa' can")
+        backend = _fastest(q)
+        if backend == "triton" and bias is not None and bias.at is not None and torch.is_grad_enabled():
+            backend = "sdpa"
+    if bias is not None and bias.at is not None and backend == "flex":
+        raise ValueError("backend 'flex': bias: expected `at` to be None; backend 'sdpa' can")
     return BACKENDS[backend](
         q,
         k,

@@ -49,8 +49,8 @@ class RelativeBias:
     Adds `scale * table[bucket(distance), head]`; a key after the query counts as distance 0.
     table: (buckets, h), gets its gradient. max_distance: from here on every distance shares the last bucket.
     at: (1,) integer, which key the last query is at, where that is not the last of them: a key mask has to
-    hide those behind it then. On the device, so that the host need not know. For "reference", "sdpa" and
-    "blockwise" without gradients only.
+    hide those behind it then. On the device, so that the host need not know. For "reference" and "sdpa", and
+    for "blockwise" and "triton" without gradients.
     """
 
     table: Tensor
@@ -83,8 +83,16 @@ class RelativeBias:
         near = table[self.buckets(torch.arange(reach, device=table.device))]
         return ((near - table[-1]) * self.scale).T
 
+    def windows(self, i_len: int, j_len: int) -> Tensor:
+        """`values` in float32 or better, as windows on those of all distances: the gradient of a look-up for
+        each score, instead of each distance, takes seconds on a GPU."""
+        distance = torch.arange(1 - i_len, j_len, device=self.table.device)
+        table = self.table.to(torch.promote_types(self.table.dtype, torch.float32))
+        by_distance = (table[self.buckets(distance)] * self.scale).T
+        return by_distance.unfold(1, j_len, 1).flip(-1)
+
     def values(self, i_len: int, j_len: int) -> Tensor:
-        """The bias as a tensor (h, i, j), differentiable in `table`."""
+        """The bias as a tensor (h, i, j), differentiable in `table`: the plain definition."""
         buckets = self.buckets(key_distance(i_len, j_len, self.table.device, self.at))
         return self.table[buckets].permute(2, 0, 1) * self.scale
 

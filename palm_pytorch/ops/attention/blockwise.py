@@ -82,7 +82,9 @@ def _one_query(
         k, v = k.expand(-1, g, -1, -1), v.expand(-1, g, -1, -1)
     mask, blind = None, None
     if bias is not None:
-        row = _last_row(bias, j_len).to(torch.promote_types(q.dtype, torch.float32))
+        # Wider than the queries only where torch's kernel takes that: a GPU's reads it as theirs, unasked.
+        wide = torch.promote_types(q.dtype, torch.float32) if q.device.type == "cpu" else q.dtype
+        row = _last_row(bias, j_len).to(wide)
         mask = row.view(1, g, h // g, j_len)
     if key_mask is not None:
         blind = ~key_mask.any(dim=-1)[:, None, None, None]

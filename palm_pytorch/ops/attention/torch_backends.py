@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palm_pytorch.ops.attention.bias import AlibiBias, Bias, alibi_features
+from palm_pytorch.ops.attention.bias import AlibiBias, Bias, RelativeBias, alibi_features
 from palm_pytorch.ops.attention.reference import visible_keys
 
 # ALiBi as a feature rounds scores at the size of the largest `slope * position`, so it is served in pieces of
@@ -62,7 +62,11 @@ def sdpa(
             blind = ~mask.any(dim=-1, keepdim=True)
             mask = mask | blind
         if bias is not None:
-            values = bias.values(i_len, j_len).to(q.dtype)[None]
+            if isinstance(bias, RelativeBias) and bias.at is None:
+                values = bias.windows(i_len, j_len)
+            else:
+                values = bias.values(i_len, j_len)
+            values = values.to(q.dtype)[None]
             mask = values if mask is None else values.masked_fill(~mask, float("-inf"))
 
     if k.shape[1] == 1:

@@ -55,12 +55,15 @@ def triton_attention(
     reason = refusal(q)
     if reason is not None:
         raise ValueError(f"backend 'triton': {reason}; backend 'sdpa' can")
+    at = None if bias is None else bias.at
+    if at is not None and torch.is_grad_enabled():
+        raise ValueError("backend 'triton': bias: expected `at` to be None with gradients; 'sdpa' can")
     slopes = bias.slopes.float() if isinstance(bias, AlibiBias) else None
     offsets = bias.offsets(k.shape[2]).float() if isinstance(bias, RelativeBias) else None
     # Drawn on the device, where the kernels read it: no wait, and checkpointing draws the same again.
     seed = torch.randint(1 << 62, (1,), device=q.device) if dropout_p > 0 else None
     out, _ = _attention(
-        q, k, v, slopes, offsets, key_mask, document_ids, seed, causal, float(scale), float(dropout_p)
+        q, k, v, slopes, offsets, key_mask, document_ids, seed, at, causal, float(scale), float(dropout_p)
     )
     return out
 
@@ -75,11 +78,12 @@ def _attention(
     key_mask: Tensor | None,
     document_ids: Tensor | None,
     seed: Tensor | None,
+    at: Tensor | None,
     causal: bool,
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    return run_forward(q, k, v, slopes, offsets, key_mask, document_ids, seed, causal, scale, dropout_p)
+    return run_forward(q, k, v, slopes, offsets, key_mask, document_ids, seed, at, causal, scale, dropout_p)
 
 
 @_attention.register_fake
@@ -102,11 +106,12 @@ def _attention_backward(
     key_mask: Tensor | None,
     document_ids: Tensor | None,
     seed: Tensor | None,
+    at: Tensor | None,
     causal: bool,
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = (slopes, offsets, key_mask, document_ids, seed, causal, scale, dropout_p)
+    options = (slopes, offsets, key_mask, document_ids, seed, at, causal, scale, dropout_p)
     return run_backward(grad, q, k, v, out, lse, offsets_grad, *options)
 
 
@@ -125,13 +130,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     q, k, v, *tensors, causal, scale, dropout_p = inputs
     ctx.save_for_backward(q, k, v, *output, *tensors)
     ctx.options = (causal, scale, dropout_p)
+    ctx.set_materialize_grads(False)  # nobody asks for the gradient of lse
 
 
 def _gradients(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, *tensors = ctx.saved_tensors
     offsets_grad = ctx.needs_input_grad[4]
     dq, dk, dv, d_offsets = _attention_backward(grad, q, k, v, out, lse, offsets_grad, *tensors, *ctx.options)
-    return dq, dk, dv, None, d_offsets if offsets_grad else None, *[None] * 6
+    return dq, dk, dv, None, d_offsets if offsets_grad else None, *[None] * 7
 
 
 _attention.register_autograd(_gradients, setup_context=_save)

@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 
 class Launch(NamedTuple):
-    """Rows and keys of a block, warps and pipeline stages."""
+    """Rows and keys of a block, warps and pipeline stages; and the registers of a thread, at most, where more
+    blocks fit onto a processor so."""
 
     rows: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 class Blocks(NamedTuple):
@@ -21,22 +23,65 @@ class Blocks(NamedTuple):
     decode: Launch
     queries: Launch
     keys: Launch
+    values: Launch
 
 
 # For heads of up to so many dims. Chosen among what compiles without a spilled register, as
 # benchmarks/kernels.py shows: the largest blocks, then more warps. `AMPERE` also fits the 99 KB of shared
 # memory of compute capability 8.6, 8.9 and 12.x.
 AMPERE = {
-    64: Blocks(Launch(128, 64, 8, 3), Launch(16, 128, 4, 3), Launch(128, 64, 8, 3), Launch(64, 128, 8, 2)),
-    128: Blocks(Launch(128, 32, 8, 3), Launch(16, 64, 4, 3), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2)),
-    256: Blocks(Launch(64, 32, 8, 2), Launch(16, 64, 4, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2)),
+    64: Blocks(
+        Launch(128, 64, 8, 3),
+        Launch(16, 128, 4, 3),
+        Launch(128, 64, 8, 3),
+        Launch(64, 128, 8, 2),
+        Launch(64, 128, 8, 2),
+    ),
+    128: Blocks(
+        Launch(128, 32, 8, 3),
+        Launch(16, 64, 4, 3),
+        Launch(64, 64, 8, 2),
+        Launch(64, 64, 8, 2),
+        Launch(64, 64, 8, 2),
+    ),
+    256: Blocks(
+        Launch(64, 32, 8, 2),
+        Launch(16, 64, 4, 2),
+        Launch(32, 32, 8, 2),
+        Launch(32, 32, 8, 2),
+        Launch(32, 32, 8, 2),
+    ),
 }
 HOPPER = {
-    64: Blocks(Launch(128, 64, 8, 3), Launch(16, 128, 4, 3), Launch(128, 64, 8, 3), Launch(64, 128, 8, 3)),
+    64: Blocks(
+        Launch(128, 64, 8, 3),
+        Launch(16, 128, 4, 3),
+        Launch(128, 64, 8, 3),
+        Launch(64, 128, 8, 3),
+        Launch(64, 128, 8, 3),
+    ),
     # Padded, with masks that take registers.
-    127: Blocks(Launch(128, 64, 8, 3), Launch(16, 128, 4, 3), Launch(128, 64, 8, 2), Launch(32, 64, 8, 2)),
-    128: Blocks(Launch(128, 64, 8, 3), Launch(16, 128, 4, 3), Launch(128, 64, 8, 2), Launch(64, 64, 8, 2)),
-    256: Blocks(Launch(128, 32, 8, 2), Launch(16, 64, 4, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 1)),
+    127: Blocks(
+        Launch(128, 64, 8, 3),
+        Launch(16, 128, 4, 3),
+        Launch(128, 64, 8, 2),
+        Launch(32, 64, 8, 2),
+        Launch(32, 64, 8, 2),
+    ),
+    128: Blocks(
+        Launch(128, 64, 8, 3),
+        Launch(16, 128, 4, 3),
+        Launch(128, 64, 8, 2),
+        Launch(64, 64, 8, 2),
+        Launch(64, 64, 8, 2),
+    ),
+    256: Blocks(
+        Launch(128, 32, 8, 2),
+        Launch(16, 64, 4, 2),
+        Launch(64, 32, 8, 2),
+        Launch(64, 32, 8, 1),
+        Launch(64, 32, 8, 1),
+    ),
 }
 BLACKWELL = HOPPER | {
     64: HOPPER[64]._replace(forward=Launch(128, 64, 8, 2)),
@@ -45,10 +90,34 @@ BLACKWELL = HOPPER | {
 # On any of them, and not tuned. 256 dims spill 40 to 500 bytes a thread, in larger blocks or with fewer warps
 # no less: the high and the low tf32 part of 16 rows are 256 registers of each thread.
 FLOAT32 = {
-    64: Blocks(Launch(32, 32, 4, 2), Launch(16, 64, 4, 2), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1)),
-    127: Blocks(Launch(32, 16, 8, 1), Launch(16, 32, 4, 2), Launch(16, 32, 4, 1), Launch(16, 16, 4, 1)),
-    128: Blocks(Launch(32, 32, 8, 1), Launch(16, 32, 4, 2), Launch(16, 32, 4, 1), Launch(16, 16, 4, 1)),
-    256: Blocks(Launch(16, 16, 8, 1), Launch(16, 16, 8, 1), Launch(16, 16, 8, 1), Launch(16, 16, 8, 1)),
+    64: Blocks(
+        Launch(32, 32, 4, 2),
+        Launch(16, 64, 4, 2),
+        Launch(32, 32, 4, 1),
+        Launch(32, 32, 4, 1),
+        Launch(32, 32, 4, 1),
+    ),
+    127: Blocks(
+        Launch(32, 16, 8, 1),
+        Launch(16, 32, 4, 2),
+        Launch(16, 32, 4, 1),
+        Launch(16, 16, 4, 1),
+        Launch(16, 16, 4, 1),
+    ),
+    128: Blocks(
+        Launch(32, 32, 8, 1),
+        Launch(16, 32, 4, 2),
+        Launch(16, 32, 4, 1),
+        Launch(16, 16, 4, 1),
+        Launch(16, 16, 4, 1),
+    ),
+    256: Blocks(
+        Launch(16, 16, 8, 1),
+        Launch(16, 16, 8, 1),
+        Launch(16, 16, 8, 1),
+        Launch(16, 16, 8, 1),
+        Launch(16, 16, 8, 1),
+    ),
 }
 
 

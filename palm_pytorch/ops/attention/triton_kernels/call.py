@@ -18,7 +18,7 @@ class Bias(NamedTuple):
     """What is added to z. Either or both may be None.
 
     slopes: (h,), ALiBi's, over scale.
-    offsets: (h, reach + 1), over scale, of the keys at distance 0, 1 .. reach; keys further behind get the
+    offsets: (reach + 1, h), over scale, of the keys at distance 0, 1 .. reach; keys further behind get the
     last, which is 0, and keys ahead the first.
     """
 
@@ -39,11 +39,14 @@ class Mask(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What is the same in every block. seed: one int64, or None for no dropout."""
+    """What is the same in every block. seed: one int64, or None for no dropout.  at: (1,), which key the last
+    query is at, or None for the last of them.
+    """
 
     bias: Bias
     mask: Mask
     seed: Any
+    at: Any
     dropout_p: float
     scale: float
     i_len: int

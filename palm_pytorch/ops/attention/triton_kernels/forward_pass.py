@@ -12,6 +12,7 @@ from palm_pytorch.ops.attention.triton_kernels.scores import (
     hide_masked,
     kept_by_dropout,
     keys_seen,
+    lift_of,
     pipeline_stages,
     step_of,
 )
@@ -26,7 +27,7 @@ from palm_pytorch.ops.attention.triton_kernels.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def forward(
     q, k, v, out, lse, call, splits, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
@@ -35,6 +36,7 @@ def forward(
     out and lse have `splits` times the groups, for `combine` to add up."""
     bias, mask, i_len, j_len, groups = call.bias, call.mask, call.i_len, call.j_len, call.groups
     LEARNED: tl.constexpr = bias.offsets is not None
+    SLOPED: tl.constexpr = bias.slopes is not None and CAUSAL
     MASKED: tl.constexpr = mask.keys is not None or mask.ids is not None
     program = tl.program_id(0)
     group, split = program % groups, program // groups % splits
@@ -59,20 +61,31 @@ def forward(
     acc = tl.zeros([ROWS, width(D)], tl.float32)
     for EDGE in tl.static_range(2):
         low, high = (edge, stop) if EDGE else (start, edge)
-        for key_start in tl.range(
-            low, high, step_of(LEARNED, EDGE, KEYS), num_stages=pipeline_stages(LEARNED, EDGE, STAGES)
+        for done in tl.range(
+            0, high - low, step_of(LEARNED, EDGE, KEYS), num_stages=pipeline_stages(LEARNED, EDGE, STAGES)
         ):
-            key = (key_start + tl.arange(0, step_of(LEARNED, EDGE, KEYS)))[None, :]
+            key_start = low + done
+            place = tl.arange(0, step_of(LEARNED, EDGE, KEYS))[None, :]
+            key = key_start + place
             keys = load_keys(k, b, kv_head, key_start, j_len, D, step_of(LEARNED, EDGE, KEYS), EDGE)
             z = dot(rows, tl.trans(keys))
-            z = add_bias(z, query[:, None], head[:, None], key, slope[:, None], call, CAUSAL, EDGE)
+            z = add_bias(
+                z, query[:, None], head[:, None], place, key_start, slope[:, None], call, G * R, CAUSAL, EDGE
+            )
             z = hide_masked(z, document[:, None], key, b, call)
-            higher = tl.maximum(highest, tl.max(z, 1))
-            # A row that has seen nothing yet has no finite maximum.
-            blind = EDGE or MASKED
-            level = tl.where(higher == float("-inf"), 0.0, higher) * c if blind else higher * c
-            p = tl.exp2(z * c - level[:, None])
-            shrink = tl.exp2(highest * c - level)
+            peak = tl.max(z, 1)
+            lift = lift_of(query, slope, key_start, call, CAUSAL)
+            higher = tl.maximum(highest, peak + lift if SLOPED else peak)
+            # The same in this block's terms: what is highest has a weight of just 1.
+            level = tl.maximum(highest - lift, peak) if SLOPED else higher
+            reached = higher
+            if EDGE or MASKED:  # a row that has seen nothing yet has no finite maximum
+                reached = tl.where(higher == float("-inf"), 0.0, higher)
+                level = tl.where(level == float("-inf"), 0.0, level)
+            p = tl.exp2(z * c - (level * c)[:, None])
+            # Just 1 where nothing is higher: the difference of two products would be a rounding error off,
+            # the same in every block of a long row.
+            shrink = tl.exp2((highest - reached) * c)
             total = total * shrink + tl.sum(p, 1)
             if call.seed is not None:
                 p = tl.where(kept_by_dropout(query[:, None], head[:, None], key, b, call, G * R), p, 0.0)
@@ -91,7 +104,7 @@ def _parts_at_once(d):
     return 8192 // width(d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def combine(
     parts, lse, out, whole_lse, i_len, splits, batch, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
     SPLITS: tl.constexpr,

@@ -10,10 +10,12 @@ from palm_pytorch.ops.attention.triton_kernels.scores import (
     add_bias,
     documents_of,
     kept_by_dropout,
+    lift_of,
     pipeline_stages,
     step_of,
 )
 from palm_pytorch.ops.attention.triton_kernels.tiles import (
+    apart,
     dot,
     load_keys,
     load_lse,
@@ -25,51 +27,60 @@ from palm_pytorch.ops.attention.triton_kernels.tiles import (
 )
 
 
-@triton.jit
-def _sub_block(low, step, slices, PARTS: tl.constexpr):
-    """The step-th of the blocks low, low + slices .., each in so many parts, in units of these."""
-    return (low + step // PARTS * slices) * PARTS + step % PARTS
+@triton.constexpr_function
+def _parts(learned, edge, rows):
+    """In how many steps a loop takes a block of rows."""
+    return rows // step_of(learned, edge, rows)
 
 
 @triton.jit
 def _add_rows(
-    dk, dv, keys, values, key, document, q, lse, grad, delta, tile, group, call, G: tl.constexpr,
-    R: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, EDGE: tl.constexpr,
+    acc, keys, values, key_start, document, q, lse, grad, delta, tile, group, call, G: tl.constexpr,
+    R: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    EDGE: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a block of keys, with what a block of rows adds; dk is not yet scaled."""
+    """acc, dk of a block of keys, not yet scaled, with what a block of rows adds; dv if values is None."""
     i_len = call.i_len
     b, kv_head = group // G, group % G
     query, head = rows_of(tile, kv_head, R, ROWS)
+    place = tl.arange(0, KEYS)[:, None]
     rows = load_rows(q, b, kv_head, tile, i_len, D, R, ROWS)
     d_rows = load_rows(grad, b, kv_head, tile, i_len, D, R, ROWS)
     row_lse = load_lse(row_data(lse, group, tile, i_len, R, ROWS), query < i_len)
-    row_delta = tl.load(row_data(delta, group, tile, i_len, R, ROWS), mask=query < i_len, other=0.0)
     slope = tl.zeros([ROWS], tl.float32)
     if call.bias.slopes is not None:
         slope = tl.load(call.bias.slopes + head)
+    c = call.scale * LOG2_E
     z = dot(keys, tl.trans(rows))
-    z = add_bias(z, query[None, :], head[None, :], key[:, None], slope[None, :], call, CAUSAL, EDGE)
+    z = add_bias(
+        z, query[None, :], head[None, :], place, key_start, slope[None, :], call, G * R, CAUSAL, EDGE
+    )
     if call.mask.ids is not None:
         z = tl.where(document[:, None] == documents_of(query, b, call)[None, :], z, float("-inf"))
-    p = tl.exp2(z * (call.scale * LOG2_E) - row_lse[None, :])
-    dp = dot(values, tl.trans(d_rows))
-    dropped = p
+    p = tl.exp2(z * c - (row_lse - lift_of(query, slope, key_start, call, CAUSAL) * c)[None, :])
+    if values is not None:
+        row_delta = tl.load(row_data(delta, group, tile, i_len, R, ROWS), mask=query < i_len, other=0.0)
+        dp = dot(values, tl.trans(d_rows))
     if call.seed is not None:
-        keep = kept_by_dropout(query[None, :], head[None, :], key[:, None], b, call, G * R)
-        dropped = tl.where(keep, p / (1 - call.dropout_p), 0.0)
-        dp = tl.where(keep, dp / (1 - call.dropout_p), 0.0)
-    dv = dot(dropped.to(d_rows.dtype), d_rows, dv)
-    dz = p * (dp - row_delta[None, :])
-    return dot(dz.to(rows.dtype), rows, dk), dv
+        keep = kept_by_dropout(query[None, :], head[None, :], key_start + place, b, call, G * R)
+        if values is None:
+            p = tl.where(keep, p * (1 / (1 - call.dropout_p)), 0.0)
+        else:
+            dp = tl.where(keep, dp * (1 / (1 - call.dropout_p)), 0.0)
+    if values is None:
+        acc = dot(p.to(d_rows.dtype), d_rows, acc)
+    else:
+        acc = dot((p * (dp - row_delta[None, :])).to(rows.dtype), rows, acc)
+    return acc
 
 
 @triton.jit
-def backward_keys(
-    q, k, v, lse, grad, delta, dk, dv, call, slices, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+def _add_all_rows(
+    q, k, v, lse, grad, delta, call, slices, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
     CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a block of keys. With several slices each meets its share of the rows, and dk and dv have
-    `slices * b` batch rows to be added up."""
+    """dk, not yet scaled, of this program's block of keys, (KEYS, width), or dv if v is None; and where it
+    belongs: batch row, key/value head, block. With several slices each meets its share of the rows."""
     bias, mask, i_len, j_len, groups = call.bias, call.mask, call.i_len, call.j_len, call.groups
     LEARNED: tl.constexpr = bias.offsets is not None
     program = tl.program_id(0)
@@ -93,27 +104,51 @@ def backward_keys(
         edge = tl.minimum(tl.maximum(key_start + KEYS - 1 + bias.reach - shift, 0), stop)
     else:
         edge = start  # keys past the end go astray by themselves, and are not stored
-    start = start * R // ROWS + part
-    stop = tl.cdiv(stop * R, ROWS)
-    edge = start + tl.cdiv(tl.maximum(tl.cdiv(edge * R, ROWS) - start, 0), slices) * slices
+    start, stop = start * R // ROWS, tl.cdiv(stop * R, ROWS)
+    share = tl.cdiv(tl.maximum(stop - start, 0), slices)
+    start = start + part * share
+    stop = tl.minimum(stop, start + share)
+    edge = tl.maximum(tl.minimum(tl.cdiv(edge * R, ROWS), stop), start)
 
     keys = load_keys(k, b, kv_head, key_start, j_len, D, KEYS, True)
-    values = load_keys(v, b, kv_head, key_start, j_len, D, KEYS, True)
-    dk_acc = tl.zeros([KEYS, width(D)], tl.float32)
-    dv_acc = tl.zeros([KEYS, width(D)], tl.float32)
+    values = None
+    if v is not None:
+        values = load_keys(v, b, kv_head, key_start, j_len, D, KEYS, True)
+    acc = tl.zeros([KEYS, width(D)], tl.float32)
     for PLAIN in tl.static_range(2):
-        low, high = (edge, stop) if PLAIN else (start, tl.minimum(edge, stop))
-        steps = tl.cdiv(tl.maximum(high - low, 0), slices) * (ROWS // step_of(LEARNED, not PLAIN, ROWS))
-        for step in tl.range(0, steps, num_stages=pipeline_stages(LEARNED, not PLAIN, STAGES)):
-            tile = _sub_block(low, step, slices, ROWS // step_of(LEARNED, not PLAIN, ROWS))
-            dk_acc, dv_acc = _add_rows(
-                dk_acc, dv_acc, keys, values, key, document, q, lse, grad, delta, tile, group, call,
-                G, R, D, CAUSAL, step_of(LEARNED, not PLAIN, ROWS), not PLAIN,
+        acc = apart(acc, i_len)
+        low, high = (edge, stop) if PLAIN else (start, edge)
+        parts = _parts(LEARNED, not PLAIN, ROWS)
+        for step in tl.range(0, (high - low) * parts, num_stages=pipeline_stages(LEARNED, not PLAIN, STAGES)):
+            acc = _add_rows(
+                acc, keys, values, key_start, document, q, lse, grad, delta, low * parts + step, group, call,
+                G, R, D, CAUSAL, step_of(LEARNED, not PLAIN, ROWS), KEYS, not PLAIN,
             )  # fmt: skip
     if mask.keys is not None:  # what met the rows nonetheless is of no account
         seen = tl.load(mask.keys + tl.cast(b, tl.int64) * j_len + key, mask=key < j_len, other=0)
-        dk_acc = tl.where((seen != 0)[:, None], dk_acc, 0.0)
-        dv_acc = tl.where((seen != 0)[:, None], dv_acc, 0.0)
-    b_out, block = part * (groups // G) + b, key_start // KEYS
-    store_rows(dk_acc * call.scale, dk, b_out, kv_head, block, j_len, D, 1, KEYS)
-    store_rows(dv_acc, dv, b_out, kv_head, block, j_len, D, 1, KEYS)
+        acc = tl.where((seen != 0)[:, None], acc, 0.0)
+    return acc, part * (groups // G) + b, kv_head, key_start // KEYS
+
+
+@triton.jit
+def backward_keys(
+    q, k, v, lse, grad, delta, dk, call, slices, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+    CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dk of a block of keys; with several slices `slices * b` batch rows of it, to be added up."""
+    acc, b, kv_head, block = _add_all_rows(
+        q, k, v, lse, grad, delta, call, slices, G, R, D, CAUSAL, ROWS, KEYS, STAGES
+    )
+    store_rows(acc * call.scale, dk, b, kv_head, block, call.j_len, D, 1, KEYS)
+
+
+@triton.jit
+def backward_values(
+    q, k, lse, grad, dv, call, slices, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+    CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dv of a block of keys, as `backward_keys` has dk."""
+    acc, b, kv_head, block = _add_all_rows(
+        q, k, None, lse, grad, None, call, slices, G, R, D, CAUSAL, ROWS, KEYS, STAGES
+    )
+    store_rows(acc, dv, b, kv_head, block, call.j_len, D, 1, KEYS)

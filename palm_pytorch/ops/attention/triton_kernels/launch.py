@@ -17,7 +17,7 @@ from torch import Tensor
 from palm_pytorch.ops.attention.triton_kernels.block_sizes import Blocks, Launch, blocks_for
 from palm_pytorch.ops.attention.triton_kernels.call import Bias, Call, Mask, View
 from palm_pytorch.ops.attention.triton_kernels.forward_pass import combine, forward
-from palm_pytorch.ops.attention.triton_kernels.key_gradients import backward_keys
+from palm_pytorch.ops.attention.triton_kernels.key_gradients import backward_keys, backward_values
 from palm_pytorch.ops.attention.triton_kernels.query_gradients import backward_queries
 
 # Shares of the rows that gradients of keys and values are summed in, at most, and half as many as there are
@@ -45,6 +45,7 @@ class _Problem(NamedTuple):
         key_mask: Tensor | None,
         document_ids: Tensor | None,
         seed: Tensor | None,
+        at: Tensor | None,
         causal: bool,
         scale: float,
         dropout_p: float,
@@ -52,12 +53,12 @@ class _Problem(NamedTuple):
         (b, h, i_len, d), (g, j_len) = q.shape, k.shape[1:3]
         slopes = None if slopes is None else slopes / scale
         reach = 0 if offsets is None else offsets.shape[1]
-        offsets = None if offsets is None else F.pad(offsets / scale, (0, 1)).contiguous()
+        offsets = None if offsets is None else F.pad(offsets / scale, (0, 1)).T.contiguous()
         mask_keys = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
         documents = (None, None, None) if document_ids is None else _document_spans(document_ids)
         bias = Bias(slopes, offsets, reach)
         mask = Mask(mask_keys, *documents)
-        call = Call(bias, mask, seed, dropout_p, scale, i_len, j_len, b * g)
+        call = Call(bias, mask, seed, at, dropout_p, scale, i_len, j_len, b * g)
         constants = {"G": g, "R": h // g, "D": d, "CAUSAL": causal}
         laden = any(t is not None for t in (slopes, offsets, key_mask, document_ids))
         device = capability_of(q.device)
@@ -68,6 +69,7 @@ class _Problem(NamedTuple):
 def _document_spans(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """ids, and the first and the last position that has the same id as each, (b, j), int32: where documents
     lie one after the other, just the keys that a query may see."""
+    ids = ids.contiguous()
     ordered, position = ids.sort(dim=-1, stable=True)
     place = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
     changes = ordered[:, 1:] != ordered[:, :-1]
@@ -86,10 +88,10 @@ def view_of(x: Tensor) -> View:
     return View(x, x.stride(0), x.stride(1), x.stride(2))
 
 
-def packed(x: Tensor) -> Tensor:
-    """x with its last dimension packed; a slice of a projection is, and is taken as it lies. Within a block
-    32 bits must do, so what lies further apart than that is not."""
-    near = x.shape[1] * x.stride(1) < 1 << 30 and x.stride(2) < 1 << 22
+def packed(x: Tensor, heads: int = 1) -> Tensor:
+    """x with its last dimension packed; a slice of a projection is, and is taken as it lies. Within a block,
+    which has so many heads, 32 bits must do, so what lies further apart than that is not."""
+    near = heads * x.stride(1) < 1 << 30 and x.stride(2) < 1 << 22
     return x if x.stride(-1) == 1 and near else empty_like(x).copy_(x)
 
 
@@ -117,25 +119,26 @@ def _run(kernel: Any, programs: int, *arguments: Any, launch: Launch, **constant
         STAGES=launch.stages,
         num_warps=launch.warps,
         num_stages=launch.stages,
+        maxnreg=launch.registers,
         enable_fp_fusion=True,
     )
 
 
-def _by_row(problem: _Problem, copies: int = 1, *width: int) -> tuple[int, ...]:
-    """The shape of a tensor with some numbers for each row of each group."""
-    return (copies * problem.groups, problem.rows, *width)
+def _by_row(problem: _Problem, copies: int = 1) -> tuple[int, int]:
+    """The shape of a tensor with a number for each row of each group."""
+    return copies * problem.groups, problem.rows
 
 
 def run_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    q, k, v = packed(q), packed(k), packed(v)
+    q, k, v = packed(q, q.shape[1] // k.shape[1]), packed(k), packed(v)
     problem = _Problem.of(q, k, *options)
     launch = problem.blocks.forward
     if problem.rows <= launch.rows // 2:
-        launch = problem.blocks.decode
+        launch = problem.blocks.decode._replace(rows=max(16, triton.next_power_of_2(problem.rows)))
     programs = triton.cdiv(problem.rows, launch.rows) * problem.groups
     # A few queries and many keys: the keys are shared out, or most of the device would look on.
     wanted = max(1, 2 * processors_of(q.device) // programs)
-    splits = min(wanted, triton.cdiv(k.shape[2], 4 * launch.keys), MAX_SPLITS)
+    splits = min(wanted, triton.cdiv(k.shape[2], launch.keys), MAX_SPLITS)
     out, lse = empty_like(q), q.new_empty(_by_row(problem), dtype=torch.float32)
     parts, part_lse = out, lse
     if splits > 1:
@@ -163,13 +166,13 @@ def run_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor,
 def run_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, offsets_grad: bool, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad, q, k, v = packed(grad), packed(q), packed(k), packed(v)
+    grad, q, out = (packed(t, q.shape[1] // k.shape[1]) for t in (grad, q, out))
+    k, v = packed(k), packed(v)
     problem = _Problem.of(q, k, *options)
-    b, j_len = q.shape[0], k.shape[2]
     views = (view_of(q), view_of(k), view_of(v))
     dq, delta = empty_like(q), torch.empty_like(lse)
     # Zeros where there is no key at that distance.
-    band = lse.new_zeros(_by_row(problem, 1, problem.call.bias.reach + 1)) if offsets_grad else None
+    band = lse.new_zeros(problem.groups, problem.call.bias.reach + 1, problem.rows) if offsets_grad else None
     launch = problem.blocks.queries
     with torch.cuda.device_of(q):
         _run(
@@ -179,22 +182,28 @@ def run_backward(
             launch=launch,
             **problem.constants,
         )
-        launch = problem.blocks.keys
-        programs = triton.cdiv(j_len, launch.keys) * problem.groups
-        # Few keys, or one key/value head and a small batch: the rows are shared out, each share summed apart.
-        wanted = max(1, 2 * processors_of(q.device) // programs)
-        most = min(MAX_SLICES, max(1, q.shape[1] // k.shape[1] // 2))
-        slices = min(wanted, triton.cdiv(problem.rows, launch.rows), most)
-        parts = [empty_like(t, slices * b, torch.float32 if slices > 1 else None) for t in (k, v)]
-        _run(
-            backward_keys,
-            programs * slices,
-            *(*views, lse, view_of(grad), delta, *(view_of(part) for part in parts), problem.call, slices),
-            launch=launch,
-            **problem.constants,
-        )
-    dk, dv = (_whole(part, slices, k.dtype) if slices > 1 else part for part in parts)
+        dk = _by_keys(backward_keys, problem, problem.blocks.keys, k, *views, lse, view_of(grad), delta)
+        dv = _by_keys(backward_values, problem, problem.blocks.values, v, *views[:2], lse, view_of(grad))
     return dq, dk, dv, q.new_empty(0) if band is None else _by_distance(band, k.shape[1], q.shape[2])
+
+
+def _by_keys(kernel: Any, problem: _Problem, launch: Launch, like: Tensor, *arguments: Any) -> Tensor:
+    """The gradient of keys or values, like them."""
+    b, j_len = like.shape[0], like.shape[2]
+    programs = triton.cdiv(j_len, launch.keys) * problem.groups
+    # Few keys, or one key/value head and a small batch: the rows are shared out, each share summed apart.
+    wanted = max(1, 2 * processors_of(like.device) // programs)
+    most = min(MAX_SLICES, max(1, problem.constants["R"] // 2))
+    slices = min(wanted, triton.cdiv(problem.rows, launch.rows), most)
+    parts = empty_like(like, slices * b, torch.float32 if slices > 1 else None)
+    _run(
+        kernel,
+        programs * slices,
+        *(*arguments, view_of(parts), problem.call, slices),
+        launch=launch,
+        **problem.constants,
+    )
+    return _whole(parts, slices, like.dtype) if slices > 1 else parts
 
 
 def _whole(parts: Tensor, slices: int, dtype: torch.dtype) -> Tensor:
@@ -204,5 +213,5 @@ def _whole(parts: Tensor, slices: int, dtype: torch.dtype) -> Tensor:
 
 def _by_distance(band: Tensor, g: int, i_len: int) -> Tensor:
     """The gradient (h, reach) of the offsets: a key ahead of its query has the bias of distance 0."""
-    sums = reduce(band, "(b g) (i r) reach -> (g r) reach", "sum", g=g, i=i_len)
+    sums = reduce(band, "(b g) reach (i r) -> (g r) reach", "sum", g=g, i=i_len)
     return torch.cat([sums[:, :1] + sums[:, -1:], sums[:, 1:-1]], dim=1)

@@ -12,6 +12,7 @@ from palm_pytorch.ops.attention.triton_kernels.scores import (
     hide_masked,
     kept_by_dropout,
     keys_seen,
+    lift_of,
     pipeline_stages,
     step_of,
 )
@@ -33,7 +34,7 @@ def backward_queries(
     CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq and delta (b * g, i * r) of a block of rows, and, unless band is None, dz by distance:
-    band (b * g, i * r, reach + 1), whose last column is the sum over the keys ahead."""
+    band (b * g, reach + 1, i * r), the last of which is the sum over the keys ahead."""
     bias, i_len, j_len, groups = call.bias, call.i_len, call.j_len, call.groups
     LEARNED: tl.constexpr = bias.offsets is not None
     program = tl.program_id(0)
@@ -53,7 +54,7 @@ def backward_queries(
     tl.store(row_data(delta, group, tile, i_len, R, ROWS), row_delta, mask=inside)
     row_lse = load_lse(row_data(lse, group, tile, i_len, R, ROWS), inside)
     if band is not None:
-        band = row_data(band, group, tile, i_len, R, ROWS, bias.reach + 1)
+        band = row_data(band, group * (bias.reach + 1), tile, i_len, R, ROWS)
     slope = tl.zeros([ROWS], tl.float32)
     if bias.slopes is not None:
         slope = tl.load(bias.slopes + head)
@@ -62,28 +63,32 @@ def backward_queries(
     ahead = tl.zeros([ROWS], tl.float32)
     for EDGE in tl.static_range(2):
         low, high = (edge, stop) if EDGE else (start, edge)
-        for key_start in tl.range(
-            low, high, step_of(LEARNED, EDGE, KEYS), num_stages=pipeline_stages(LEARNED, EDGE, STAGES)
+        for done in tl.range(
+            0, high - low, step_of(LEARNED, EDGE, KEYS), num_stages=pipeline_stages(LEARNED, EDGE, STAGES)
         ):
-            key = (key_start + tl.arange(0, step_of(LEARNED, EDGE, KEYS)))[None, :]
+            key_start = low + done
+            place = tl.arange(0, step_of(LEARNED, EDGE, KEYS))[None, :]
+            key = key_start + place
             keys = load_keys(k, b, kv_head, key_start, j_len, D, step_of(LEARNED, EDGE, KEYS), EDGE)
             values = load_keys(v, b, kv_head, key_start, j_len, D, step_of(LEARNED, EDGE, KEYS), EDGE)
             z = dot(rows, tl.trans(keys))
-            z = add_bias(z, query[:, None], head[:, None], key, slope[:, None], call, CAUSAL, EDGE)
+            z = add_bias(
+                z, query[:, None], head[:, None], place, key_start, slope[:, None], call, G * R, CAUSAL, EDGE
+            )
             z = hide_masked(z, document[:, None], key, b, call)
-            p = tl.exp2(z * c - row_lse[:, None])
+            p = tl.exp2(z * c - (row_lse - lift_of(query, slope, key_start, call, CAUSAL) * c)[:, None])
             dp = dot(d_rows, tl.trans(values))
             if call.seed is not None:
                 keep = kept_by_dropout(query[:, None], head[:, None], key, b, call, G * R)
-                dp = tl.where(keep, dp / (1 - call.dropout_p), 0.0)
+                dp = tl.where(keep, dp * (1 / (1 - call.dropout_p)), 0.0)
             dz = p * (dp - row_delta[:, None])
             if EDGE and band is not None:
                 distance = query[:, None] + (j_len - i_len) - key
                 near = inside[:, None] & (distance >= 0) & (distance < bias.reach)
-                tl.store(band[:, None] + distance, dz, mask=near)
+                tl.store(band[:, None] + tl.cast(distance, tl.int64) * (i_len * R), dz, mask=near)
                 if not CAUSAL:
                     ahead += tl.sum(tl.where(distance < 0, dz, 0.0), 1)
             acc = dot(dz.to(keys.dtype), keys, acc)
     store_rows(acc * call.scale, dq, b, kv_head, tile, i_len, D, R, ROWS)
     if band is not None and not CAUSAL:
-        tl.store(band + bias.reach, ahead, mask=inside)
+        tl.store(band + tl.cast(bias.reach, tl.int64) * (i_len * R), ahead, mask=inside)

@@ -22,15 +22,24 @@ def step_of(learned, edge, size):
 
 
 @triton.jit
+def shift_of(call):
+    """The position of the first query among the keys."""
+    shift = call.j_len - call.i_len
+    if call.at is not None:
+        shift = tl.load(call.at).to(tl.int32) + 1 - call.i_len
+    return shift
+
+
+@triton.jit
 def keys_seen(
     tile, b, call, R: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
 ):  # fmt: skip
     """start <= edge, and stop: a block of rows may see the keys from start to stop, those up to edge in plain
     blocks.
     """
-    bias, mask, i_len, j_len = call.bias, call.mask, call.i_len, call.j_len
-    query = tl.minimum((tile * ROWS + tl.arange(0, ROWS)) // R, i_len - 1)
-    shift = j_len - i_len
+    bias, mask, j_len = call.bias, call.mask, call.j_len
+    query = tl.minimum((tile * ROWS + tl.arange(0, ROWS)) // R, call.i_len - 1)
+    shift = shift_of(call)
     start, stop = 0, j_len
     if CAUSAL:
         stop = tl.maximum(tl.max(query) + shift + 1, 0)
@@ -46,20 +55,34 @@ def keys_seen(
 
 
 @triton.jit
-def add_bias(z, query, head, key, slope, call, CAUSAL: tl.constexpr, EDGE: tl.constexpr):
-    """Adds the bias to products, and hides the keys ahead. query, head, slope and key are shaped to broadcast
-    against z."""
-    bias, i_len, j_len = call.bias, call.i_len, call.j_len
-    position = query + (j_len - i_len)
+def lift_of(query, slope, first_key, call, CAUSAL: tl.constexpr):
+    """What ALiBi adds to a row's z at a block's first key. Being the same along the row, it goes into the
+    level that softmax measures from: `add_bias` adds what differs from it."""
+    if call.bias.slopes is not None and CAUSAL:
+        return slope * (first_key - query - shift_of(call)).to(tl.float32)  # exact, up to 2^24
+    return tl.zeros_like(slope)
+
+
+@triton.jit
+def add_bias(
+    z, query, head, key, first_key, slope, call, H: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr
+):  # fmt: skip
+    """Adds the bias to products, less `lift_of`, and hides the keys ahead. query, head, slope and key are
+    shaped to broadcast against z; key counts from first_key."""
+    bias = call.bias
+    position = query + (shift_of(call) - first_key)
     if bias.slopes is not None:
-        ahead = key.to(tl.float32) - position.to(tl.float32)  # exact, up to 2^24
-        z += slope * (ahead if CAUSAL else -tl.abs(ahead))
+        if CAUSAL:
+            # As a sum of its own it would become what the product starts from, and take registers.
+            z = tl.fma(slope, key.to(tl.float32), z)
+        else:
+            z -= slope * tl.abs(position - key).to(tl.float32)
     if EDGE:
         distance = position - key
         if bias.offsets is not None:
-            at = head * (bias.reach + 1) + tl.minimum(tl.maximum(distance, 0), bias.reach)
+            at = tl.minimum(tl.maximum(distance, 0), bias.reach) * H + head
             z += tl.load(bias.offsets + at)
-        visible = key < j_len
+        visible = first_key + key < call.j_len
         if CAUSAL:
             visible = visible & (distance >= 0)
         z = tl.where(visible, z, float("-inf"))
@@ -71,7 +94,7 @@ def documents_of(query, b, call):
     """The documents of queries, or anything where there are none."""
     document = query
     if call.mask.ids is not None:
-        position = tl.minimum(query, call.i_len - 1) + (call.j_len - call.i_len)
+        position = tl.minimum(query, call.i_len - 1) + shift_of(call)
         document = tl.load(call.mask.ids + tl.cast(b, tl.int64) * call.j_len + position)
     return document
 
