@@ -28,7 +28,7 @@ from triton.runtime.driver import driver
 
 from palm_pytorch.ops.attention.triton_kernels import launch
 
-KERNELS = ("forward", "combine", "backward_queries", "backward_keys", "backward_values")
+KERNELS = ("forward", "combine", "backward_queries", "backward_keys")
 # Most shared memory of a block, in bytes: CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability".
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -43,7 +43,9 @@ OPTIONS = ("keys", "documents", "dropout")
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel for one target. spilled and shared are in bytes, registers a thread."""
+    """One kernel for one target. spilled and shared are in bytes, registers a thread.  serialized: ptxas has
+    it wait for each product of a Hopper GPU's tensor cores, since it could not follow the sums.
+    """
 
     kernel: str
     target: str
@@ -54,12 +56,13 @@ class Compiled:
     blocks: str
     registers: int
     spilled: int
+    serialized: bool
     shared: int
     shared_limit: int
 
     @property
     def fits(self) -> bool:
-        return self.spilled == 0 and self.shared <= self.shared_limit
+        return self.spilled == 0 and not self.serialized and self.shared <= self.shared_limit
 
 
 class _NoDevice:
@@ -139,21 +142,31 @@ def compiled(
         registers, spilled = resources(kernel.asm["cubin"])
         yield Compiled(
             *(name, f"sm_{capability}", dim_head, dtype, bias, queries, blocks, registers, spilled),
-            *(kernel.metadata.shared, SHARED[capability]),
+            *(serialized(kernel.asm["cubin"]), kernel.metadata.shared, SHARED[capability]),
         )
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers a thread and bytes spilled to its stack."""
+    said = dumped(cubin, "--dump-resource-usage")
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
+
+
+def serialized(cubin: bytes) -> bool:
+    """Whether there is a wait for each of the products that could go on side by side."""
+    code = dumped(cubin, "--dump-sass")
+    products, waits = (len(re.findall(name, code)) for name in ("HGMMA", r"WARPGROUP\.DEPBAR"))
+    return 0 < products <= waits
+
+
+def dumped(cubin: bytes, what: str) -> str:
+    """What CUDA's tool says of machine code."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        said = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
-    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def main() -> None:
@@ -177,11 +190,11 @@ def main() -> None:
     )
     for dim_head, dtype, bias, queries, target in tqdm(cases, desc="compile"):
         rows += compiled(target, dim_head, dtype, bias, queries, arguments.also)
-    header = "target  d  dtype  bias  queries  kernel  blocks  registers  spilled  shared"
+    header = "target  d  dtype  bias  queries  kernel  blocks  registers  spilled  shared  (serialized)"
     print(header)
     for row in rows:
         case = f"{row.target:7}{row.dim_head:4} {row.dtype:9}{row.bias:6}{row.queries:4}{row.kernel:17}"
-        verdict = "" if row.fits else "  DOES NOT FIT"
+        verdict = ("  serialized" if row.serialized else "") + ("" if row.fits else "  DOES NOT FIT")
         print(f"{case}{row.blocks:20}{row.registers:4}{row.spilled:6}{row.shared:8}{verdict}")
     result = {"triton": triton.__version__, "kernels": [asdict(row) | {"fits": row.fits} for row in rows]}
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")

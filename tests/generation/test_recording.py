@@ -105,11 +105,17 @@ def test_a_cpu_records_nothing() -> None:
     assert not context.recordable
 
 
+def test_only_a_gpu_compiles_steps() -> None:
+    with pytest.raises(ValueError, match=r"compile: .*GPU.*cpu"):
+        build(PaLM, {}).generate(PROMPT, NEW, compile=True)
+
+
 @pytest.mark.gpu
 @models
+@pytest.mark.parametrize("compile", [False, True], ids=["plain", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_graph_gives_what_steps_by_themselves_give(
-    kind: Kind, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    kind: Kind, options: dict[str, Any], dtype: torch.dtype, compile: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The graph of a real device, which no stand-in replaces. In bfloat16 likeliest tokens may tie, so the
     log-probabilities decide there."""
@@ -119,7 +125,7 @@ def test_a_graph_gives_what_steps_by_themselves_give(
     record = recording.record
     monkeypatch.setattr(recording, "record", lambda *work: made.append(record(*work)) or made[-1])
     drawn = {"temperature": 0, "prompt_mask": mask, "log_probs": True}
-    found, scores = net.generate(prompt, 80, **drawn)
+    found, scores = net.generate(prompt, 80, compile=compile, **drawn)
     assert len(made) >= 2
     hook = net.register_forward_hook(lambda *_: None)  # what a graph would not call
     wanted, right = net.generate(prompt, 80, **drawn)

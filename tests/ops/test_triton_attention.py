@@ -37,7 +37,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 16 keys and 16 or 32 rows, so that few positions are many blocks of every kind."""
     launch = module("triton_kernels.launch")
     wide, square = launch.Launch(32, 16, 4, 2), launch.Launch(16, 16, 4, 2)
-    monkeypatch.setattr(launch, "blocks_for", lambda *_: launch.Blocks(wide, square, square, wide, square))
+    monkeypatch.setattr(launch, "blocks_for", lambda *_: launch.Blocks(wide, square, square, wide))
 
 
 def spread(sizes: list[Any], masks: list[str | None]) -> list[Case]:

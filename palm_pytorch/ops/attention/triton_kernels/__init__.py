@@ -19,7 +19,8 @@ Per block of ROWS rows and KEYS keys, with c = scale * log2(e):
     dk = scale dz^T q;  dv = p^T do `backward_keys`: a block of keys meets the rows that see it
 
 Two passes cost seven products where one that adds dq with atomics costs five; in return each sum has one
-order, and the same call gives the same bits.
+order, and the same call gives the same bits. For wide heads the second is two again, one for dk and one for
+dv, with an eighth product: the sums of both do not fit into the registers.
 
 Blocks wholly behind the diagonal and the reach of a learned bias take the plain path; the others are *edge*
 blocks. Key mask and documents are looked up in both. Dropout draws from Philox at (key, query, head): the

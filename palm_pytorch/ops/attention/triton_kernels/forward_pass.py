@@ -27,7 +27,7 @@ from palm_pytorch.ops.attention.triton_kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit
 def forward(
     q, k, v, out, lse, call, splits, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
@@ -95,7 +95,9 @@ def forward(
     acc = acc / tl.where(total > 0, total * (1 - call.dropout_p), 1.0)[:, None]
     store_rows(acc, out, split * (groups // G) + b, kv_head, tile, i_len, D, R, ROWS)
     lse = row_data(lse, split * groups + group, tile, i_len, R, ROWS)
-    tl.store(lse, highest * c + tl.log2(total), mask=query < i_len)
+    # A row that sees nothing: of no weight in `combine`, and gradients take its weights for exp2(-inf) = 0.
+    blind = tl.where(splits > 1, float("-inf"), float("inf"))
+    tl.store(lse, tl.where(total > 0, highest * c + tl.log2(total), blind), mask=query < i_len)
 
 
 @triton.constexpr_function
@@ -104,7 +106,7 @@ def _parts_at_once(d):
     return 8192 // width(d)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit
 def combine(
     parts, lse, out, whole_lse, i_len, splits, batch, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -131,4 +133,4 @@ def combine(
     acc = acc / tl.where(total > 0, total, 1.0)
     at_out = out.data + b * out.b + head * out.h + query * out.n + d
     tl.store(at_out, acc.to(out.data.dtype.element_ty), mask=d < D)
-    tl.store(whole_lse + program, highest + tl.log2(total))
+    tl.store(whole_lse + program, tl.where(total > 0, highest + tl.log2(total), float("inf")))

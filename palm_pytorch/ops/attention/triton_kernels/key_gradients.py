@@ -18,7 +18,6 @@ from palm_pytorch.ops.attention.triton_kernels.tiles import (
     apart,
     dot,
     load_keys,
-    load_lse,
     load_rows,
     row_data,
     rows_of,
@@ -35,18 +34,19 @@ def _parts(learned, edge, rows):
 
 @triton.jit
 def _add_rows(
-    acc, keys, values, key_start, document, q, lse, grad, delta, tile, group, call, G: tl.constexpr,
+    dk, dv, keys, values, key_start, document, q, lse, grad, delta, tile, group, call, G: tl.constexpr,
     R: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    EDGE: tl.constexpr,
+    EDGE: tl.constexpr, FOR_KEYS: tl.constexpr, FOR_VALUES: tl.constexpr,
 ):  # fmt: skip
-    """acc, dk of a block of keys, not yet scaled, with what a block of rows adds; dv if values is None."""
+    """dk, not yet scaled, and dv of a block of keys, with what a block of rows adds to those that are asked
+    for."""
     i_len = call.i_len
     b, kv_head = group // G, group % G
     query, head = rows_of(tile, kv_head, R, ROWS)
     place = tl.arange(0, KEYS)[:, None]
     rows = load_rows(q, b, kv_head, tile, i_len, D, R, ROWS)
     d_rows = load_rows(grad, b, kv_head, tile, i_len, D, R, ROWS)
-    row_lse = load_lse(row_data(lse, group, tile, i_len, R, ROWS), query < i_len)
+    row_lse = tl.load(row_data(lse, group, tile, i_len, R, ROWS), mask=query < i_len, other=float("inf"))
     slope = tl.zeros([ROWS], tl.float32)
     if call.bias.slopes is not None:
         slope = tl.load(call.bias.slopes + head)
@@ -58,29 +58,30 @@ def _add_rows(
     if call.mask.ids is not None:
         z = tl.where(document[:, None] == documents_of(query, b, call)[None, :], z, float("-inf"))
     p = tl.exp2(z * c - (row_lse - lift_of(query, slope, key_start, call, CAUSAL) * c)[None, :])
-    if values is not None:
-        row_delta = tl.load(row_data(delta, group, tile, i_len, R, ROWS), mask=query < i_len, other=0.0)
-        dp = dot(values, tl.trans(d_rows))
+    keep = place >= 0
     if call.seed is not None:
         keep = kept_by_dropout(query[None, :], head[None, :], key_start + place, b, call, G * R)
-        if values is None:
-            p = tl.where(keep, p * (1 / (1 - call.dropout_p)), 0.0)
-        else:
+    if FOR_VALUES:
+        dropped = p
+        if call.seed is not None:
+            dropped = tl.where(keep, p * (1 / (1 - call.dropout_p)), 0.0)
+        dv = dot(dropped.to(d_rows.dtype), d_rows, dv)
+    if FOR_KEYS:
+        row_delta = tl.load(row_data(delta, group, tile, i_len, R, ROWS), mask=query < i_len, other=0.0)
+        dp = dot(values, tl.trans(d_rows))
+        if call.seed is not None:
             dp = tl.where(keep, dp * (1 / (1 - call.dropout_p)), 0.0)
-    if values is None:
-        acc = dot(p.to(d_rows.dtype), d_rows, acc)
-    else:
-        acc = dot((p * (dp - row_delta[None, :])).to(rows.dtype), rows, acc)
-    return acc
+        dk = dot((p * (dp - row_delta[None, :])).to(rows.dtype), rows, dk)
+    return dk, dv
 
 
 @triton.jit
-def _add_all_rows(
-    q, k, v, lse, grad, delta, call, slices, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+def backward_keys(
+    q, k, v, lse, grad, delta, dk, dv, call, slices, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
     CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk, not yet scaled, of this program's block of keys, (KEYS, width), or dv if v is None; and where it
-    belongs: batch row, key/value head, block. With several slices each meets its share of the rows."""
+    """dk and dv of a block of keys, or one of them where the other is None. With several slices each meets
+    its share of the rows, and dk and dv have `slices * b` batch rows to be added up."""
     bias, mask, i_len, j_len, groups = call.bias, call.mask, call.i_len, call.j_len, call.groups
     LEARNED: tl.constexpr = bias.offsets is not None
     program = tl.program_id(0)
@@ -110,45 +111,32 @@ def _add_all_rows(
     stop = tl.minimum(stop, start + share)
     edge = tl.maximum(tl.minimum(tl.cdiv(edge * R, ROWS), stop), start)
 
-    keys = load_keys(k, b, kv_head, key_start, j_len, D, KEYS, True)
-    values = None
-    if v is not None:
+    keys, values = load_keys(k, b, kv_head, key_start, j_len, D, KEYS, True), 0.0
+    FOR_KEYS: tl.constexpr = dk is not None
+    FOR_VALUES: tl.constexpr = dv is not None
+    dk_acc, dv_acc = 0.0, 0.0
+    if FOR_KEYS:
         values = load_keys(v, b, kv_head, key_start, j_len, D, KEYS, True)
-    acc = tl.zeros([KEYS, width(D)], tl.float32)
+        dk_acc = tl.zeros([KEYS, width(D)], tl.float32)
+    if FOR_VALUES:
+        dv_acc = tl.zeros([KEYS, width(D)], tl.float32)
     for PLAIN in tl.static_range(2):
-        acc = apart(acc, i_len)
+        dk_acc, dv_acc = apart(dk_acc, i_len), apart(dv_acc, i_len)
         low, high = (edge, stop) if PLAIN else (start, edge)
         parts = _parts(LEARNED, not PLAIN, ROWS)
         for step in tl.range(0, (high - low) * parts, num_stages=pipeline_stages(LEARNED, not PLAIN, STAGES)):
-            acc = _add_rows(
-                acc, keys, values, key_start, document, q, lse, grad, delta, low * parts + step, group, call,
-                G, R, D, CAUSAL, step_of(LEARNED, not PLAIN, ROWS), KEYS, not PLAIN,
+            dk_acc, dv_acc = _add_rows(
+                dk_acc, dv_acc, keys, values, key_start, document, q, lse, grad, delta, low * parts + step,
+                group, call, G, R, D, CAUSAL, step_of(LEARNED, not PLAIN, ROWS), KEYS, not PLAIN,
+                FOR_KEYS, FOR_VALUES,
             )  # fmt: skip
+    b_out, block = part * (groups // G) + b, key_start // KEYS
+    seen = key < j_len
     if mask.keys is not None:  # what met the rows nonetheless is of no account
-        seen = tl.load(mask.keys + tl.cast(b, tl.int64) * j_len + key, mask=key < j_len, other=0)
-        acc = tl.where((seen != 0)[:, None], acc, 0.0)
-    return acc, part * (groups // G) + b, kv_head, key_start // KEYS
-
-
-@triton.jit
-def backward_keys(
-    q, k, v, lse, grad, delta, dk, call, slices, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
-    CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """dk of a block of keys; with several slices `slices * b` batch rows of it, to be added up."""
-    acc, b, kv_head, block = _add_all_rows(
-        q, k, v, lse, grad, delta, call, slices, G, R, D, CAUSAL, ROWS, KEYS, STAGES
-    )
-    store_rows(acc * call.scale, dk, b, kv_head, block, call.j_len, D, 1, KEYS)
-
-
-@triton.jit
-def backward_values(
-    q, k, lse, grad, dv, call, slices, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
-    CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """dv of a block of keys, as `backward_keys` has dk."""
-    acc, b, kv_head, block = _add_all_rows(
-        q, k, None, lse, grad, None, call, slices, G, R, D, CAUSAL, ROWS, KEYS, STAGES
-    )
-    store_rows(acc, dv, b, kv_head, block, call.j_len, D, 1, KEYS)
+        seen = tl.load(mask.keys + tl.cast(b, tl.int64) * j_len + key, mask=seen, other=0) != 0
+    if FOR_KEYS:
+        dk_acc = tl.where(seen[:, None], dk_acc * call.scale, 0.0)
+        store_rows(dk_acc, dk, b_out, kv_head, block, j_len, D, 1, KEYS)
+    if FOR_VALUES:
+        dv_acc = tl.where(seen[:, None], dv_acc, 0.0)
+        store_rows(dv_acc, dv, b_out, kv_head, block, j_len, D, 1, KEYS)

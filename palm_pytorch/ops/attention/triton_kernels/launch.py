@@ -6,6 +6,7 @@ lse (b * g, i * r), a number a row, the r = h / g query heads of a key/value hea
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from palm_pytorch.ops.attention.triton_kernels.block_sizes import Blocks, Launch, blocks_for
 from palm_pytorch.ops.attention.triton_kernels.call import Bias, Call, Mask, View
 from palm_pytorch.ops.attention.triton_kernels.forward_pass import combine, forward
-from palm_pytorch.ops.attention.triton_kernels.key_gradients import backward_keys, backward_values
+from palm_pytorch.ops.attention.triton_kernels.key_gradients import backward_keys
 from palm_pytorch.ops.attention.triton_kernels.query_gradients import backward_queries
 
 # Shares of the rows that gradients of keys and values are summed in, at most, and half as many as there are
@@ -60,9 +61,8 @@ class _Problem(NamedTuple):
         mask = Mask(mask_keys, *documents)
         call = Call(bias, mask, seed, at, dropout_p, scale, i_len, j_len, b * g)
         constants = {"G": g, "R": h // g, "D": d, "CAUSAL": causal}
-        laden = any(t is not None for t in (slopes, offsets, key_mask, document_ids))
         device = capability_of(q.device)
-        blocks = blocks_for(d, q.element_size(), device, laden, document_ids is not None)
+        blocks = blocks_for(d, q.element_size(), device, document_ids is not None)
         return _Problem(call, blocks, constants, groups=b * g, rows=i_len * (h // g))
 
 
@@ -182,28 +182,37 @@ def run_backward(
             launch=launch,
             **problem.constants,
         )
-        dk = _by_keys(backward_keys, problem, problem.blocks.keys, k, *views, lse, view_of(grad), delta)
-        dv = _by_keys(backward_values, problem, problem.blocks.values, v, *views[:2], lse, view_of(grad))
+        by_keys = partial(_by_keys, problem, (*views, lse, view_of(grad), delta))
+        if problem.blocks.values is None:
+            dk, dv = by_keys(problem.blocks.keys, k, v)
+        else:
+            dk, dv = by_keys(problem.blocks.keys, k, None)[0], by_keys(problem.blocks.values, None, v)[1]
+    assert dk is not None and dv is not None
     return dq, dk, dv, q.new_empty(0) if band is None else _by_distance(band, k.shape[1], q.shape[2])
 
 
-def _by_keys(kernel: Any, problem: _Problem, launch: Launch, like: Tensor, *arguments: Any) -> Tensor:
-    """The gradient of keys or values, like them."""
-    b, j_len = like.shape[0], like.shape[2]
-    programs = triton.cdiv(j_len, launch.keys) * problem.groups
+def _by_keys(
+    problem: _Problem, arguments: tuple[Any, ...], launch: Launch, *like: Tensor | None
+) -> list[Tensor | None]:
+    """The gradients of keys and of values, like them, or None for None."""
+    programs = triton.cdiv(problem.call.j_len, launch.keys) * problem.groups
     # Few keys, or one key/value head and a small batch: the rows are shared out, each share summed apart.
-    wanted = max(1, 2 * processors_of(like.device) // programs)
+    wanted = max(1, 2 * processors_of(arguments[3].device) // programs)
     most = min(MAX_SLICES, max(1, problem.constants["R"] // 2))
     slices = min(wanted, triton.cdiv(problem.rows, launch.rows), most)
-    parts = empty_like(like, slices * b, torch.float32 if slices > 1 else None)
+    dtype = torch.float32 if slices > 1 else None
+    parts = [None if t is None else empty_like(t, slices * t.shape[0], dtype) for t in like]
     _run(
-        kernel,
+        backward_keys,
         programs * slices,
-        *(*arguments, view_of(parts), problem.call, slices),
+        *(*arguments, *(None if part is None else view_of(part) for part in parts), problem.call, slices),
         launch=launch,
         **problem.constants,
     )
-    return _whole(parts, slices, like.dtype) if slices > 1 else parts
+    if slices == 1:
+        return parts
+    dtype = next(t.dtype for t in like if t is not None)
+    return [None if part is None else _whole(part, slices, dtype) for part in parts]
 
 
 def _whole(parts: Tensor, slices: int, dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,6 @@ from palm_pytorch.ops.attention.triton_kernels.scores import (
 from palm_pytorch.ops.attention.triton_kernels.tiles import (
     dot,
     load_keys,
-    load_lse,
     load_rows,
     row_data,
     rows_of,
@@ -52,7 +51,7 @@ def backward_queries(
         load_rows(out, b, kv_head, tile, i_len, D, R, ROWS).to(tl.float32) * d_rows.to(tl.float32), 1
     )
     tl.store(row_data(delta, group, tile, i_len, R, ROWS), row_delta, mask=inside)
-    row_lse = load_lse(row_data(lse, group, tile, i_len, R, ROWS), inside)
+    row_lse = tl.load(row_data(lse, group, tile, i_len, R, ROWS), mask=inside, other=float("inf"))
     if band is not None:
         band = row_data(band, group * (bias.reach + 1), tile, i_len, R, ROWS)
     slope = tl.zeros([ROWS], tl.float32)

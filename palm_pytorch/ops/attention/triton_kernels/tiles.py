@@ -86,10 +86,3 @@ def store_rows(rows, view, b, kv_head, tile, i_len, D: tl.constexpr, R: tl.const
 def row_data(data, group, tile, i_len, R: tl.constexpr, ROWS: tl.constexpr):
     """Where a tensor (b * g, i * r) has the number of each row of a block."""
     return data + (tl.cast(group, tl.int64) * (i_len * R) + tile * ROWS) + tl.arange(0, ROWS)
-
-
-@triton.jit
-def load_lse(lse, inside):
-    # Rows that may see nothing, and rows past the end: p = exp2(c z - inf) = 0.
-    found = tl.load(lse, mask=inside, other=float("-inf"))
-    return tl.where(found == float("-inf"), float("inf"), found)
