@@ -34,7 +34,7 @@ def compiled(folder: Path, *arguments: str) -> list[dict[str, Any]]:
 
 @pytest.mark.skipif(VERSION < (3, 6), reason="needs triton 3.6 or newer")
 @pytest.mark.parametrize("target", ["80", "90", "100"])
-def test_nothing_spills_or_exceeds_shared_memory(target: str, tmp_path: Path) -> None:
+def test_next_to_nothing_spills_and_all_fits_into_shared_memory(target: str, tmp_path: Path) -> None:
     """The head dims of the presets, 64 and 128, with the bias that takes most; the report covers all. And
     training on packed documents, which takes registers of its own."""
     case = ["--targets", target, "--biases", "t5", "--dtypes", "bfloat16"]
@@ -43,9 +43,8 @@ def test_nothing_spills_or_exceeds_shared_memory(target: str, tmp_path: Path) ->
     packed = compiled(tmp_path, *case, "--dims", "128", "--also", "documents")
     rows += [row for row in packed if row["queries"] == "all"]
     for row in rows:
-        # Triton 3.6 leaves two to four registers of some kernels on the stack.
-        assert row["spilled"] <= (0 if VERSION >= (3, 9) else 16) and 0 < row["registers"] <= 255, row
-        assert 0 < row["shared"] <= row["shared_limit"], row
+        assert row["fits"] and 0 < row["registers"] <= 255 and row["shared"] > 0, row
+        assert not row["serialized"], row
 
 
 @pytest.mark.skipif(VERSION < (3, 6), reason="needs triton 3.6 or newer")
@@ -60,6 +59,9 @@ def test_the_report_in_the_repository_covers_every_case() -> None:
     report = json.loads((ROOT / "benchmarks/results/kernels-triton-3.9.0.json").read_text())["kernels"]
     cases = {(r["target"], r["dim_head"], r["dtype"], r["bias"], r["queries"]) for r in report}
     assert len(cases) == 3 * 4 * 2 * 3 * 2
+    # What is the fastest on an H200 nonetheless.
+    serialized = {(r["dim_head"], r["bias"], r["kernel"]) for r in report if r["serialized"]}
+    assert serialized <= {(64, "plain", "backward_keys")}
     # float32 is served, not tuned: the launch tables say what spills.
     assert all(row["fits"] for row in report if row["dtype"] == "bfloat16")
     assert all(row["shared"] <= row["shared_limit"] for row in report)

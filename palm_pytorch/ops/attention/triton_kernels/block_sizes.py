@@ -28,16 +28,17 @@ class Blocks(NamedTuple):
     values: Launch | None = None
 
 
-# For heads of up to so many dims. Chosen among what compiles without a spilled register, as
-# benchmarks/kernels.py shows: on Hopper what was fastest on an H200, elsewhere the largest blocks, then more
-# warps. `AMPERE` also fits the 99 KB of shared memory of compute capability 8.6, 8.9 and 12.x.
+# For heads of up to so many dims. `HOPPER` has what was fastest on an H200, where a few spilled registers cost
+# less than smaller blocks; the others the largest blocks, then the most warps, that compile without more than
+# a few, as benchmarks/kernels.py shows. `AMPERE` also fits the 99 KB of shared memory of compute capability
+# 8.6, 8.9 and 12.x.
 AMPERE = {
-    64: Blocks(Launch(128, 64, 8, 3), Launch(16, 128, 4, 3), Launch(128, 64, 8, 3), Launch(64, 128, 8, 2)),
+    64: Blocks(Launch(128, 64, 8, 3), Launch(16, 128, 4, 3), Launch(128, 64, 8, 3), Launch(32, 128, 8, 2)),
     128: Blocks(Launch(128, 32, 8, 3), Launch(16, 64, 4, 3), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2)),
     256: Blocks(Launch(64, 32, 8, 2), Launch(16, 64, 4, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2)),
 }
 HOPPER = {
-    64: Blocks(Launch(64, 64, 4, 3), Launch(16, 128, 4, 3), Launch(64, 64, 4, 3), Launch(32, 128, 8, 3)),
+    64: Blocks(Launch(64, 64, 4, 3), Launch(16, 128, 4, 3), Launch(64, 64, 4, 3), Launch(64, 128, 8, 3)),
     # Padded, with masks that take registers.
     127: Blocks(Launch(128, 64, 8, 3), Launch(16, 64, 4, 3), Launch(128, 64, 8, 3), Launch(32, 128, 8, 3)),
     128: Blocks(Launch(64, 64, 4, 3), Launch(16, 64, 4, 3), Launch(128, 64, 8, 3), Launch(64, 128, 8, 2)),
@@ -75,9 +76,6 @@ def blocks_for(dim_head: int, element_size: int, capability: tuple[int, int], do
         table = AMPERE
     width = next(width for width in table if dim_head <= width)
     blocks = table[width]
-    if documents and width == 128:  # which take registers
-        if table is HOPPER:
-            blocks = blocks._replace(keys=Launch(32, 128, 8, 2))
-        elif element_size == 2:
-            blocks = blocks._replace(keys=Launch(32, 64, 8, 2))
+    if documents and width == 128 and element_size == 2 and table is not HOPPER:  # which take registers
+        blocks = blocks._replace(keys=Launch(32, 64, 8, 2))
     return blocks
