@@ -12,9 +12,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
+from types import FunctionType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +48,16 @@ def step(model: LanguageModel, tokens: Tensor, cache: KVCache) -> Tensor:
     return model(tokens[:, None], cache=cache, last_only=True)[:, -1]
 
 
-@cache
-def compiled_step() -> Callable[[LanguageModel, Tensor, KVCache], Tensor]:
-    """`step` for one token in each row of a static cache, its small operations fused."""
-    return torch.compile(step, fullgraph=True)
+_compiled: WeakKeyDictionary[nn.Module, Callable[..., Tensor]] = WeakKeyDictionary()
+
+
+def compiled_step(model: nn.Module) -> Callable[..., Tensor]:
+    """`step` for one token in each row of a static cache of this model, its small operations fused."""
+    if model not in _compiled:
+        # Torch counts how often it compiles the same code, for other shapes or models, and then gives up.
+        own = FunctionType(step.__code__.replace(), step.__globals__)
+        _compiled[model] = torch.compile(own, fullgraph=True)
+    return _compiled[model]
 
 
 def prefix_length(model: nn.Module) -> int:
@@ -95,7 +103,7 @@ class Context:
         self.latents = [min(max(length - self.prefix, 1), self.most) for length in lengths or [t] * b]
         self.cache: KVCache | None = None
         self.packed: LanguageModel | None = None
-        self.step = compiled_step() if compile else step
+        self.step = compiled_step(model) if compile else step
         self.recorded: RecordedSteps | None = None
         self.recordable = False
         if use_cache and isinstance(model, LanguageModel) and room >= LEAST_STEPS:

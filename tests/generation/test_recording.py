@@ -105,9 +105,35 @@ def test_a_cpu_records_nothing() -> None:
     assert not context.recordable
 
 
+@models
+def test_compiled_steps_give_what_others_do(
+    kind: Kind, options: dict[str, Any], recordings: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded, through several rooms, with nothing that the compiler could not follow."""
+    torch.compiler.reset()
+    calls: list[Tensor] = []
+    compiled = torch.compile(
+        decode.step, fullgraph=True, backend=lambda graph, _: lambda *x: calls.append(x[0]) or graph(*x)
+    )
+    monkeypatch.setattr(decode, "compiled_step", lambda _: compiled)
+    net, found = build(kind, options), []
+    for compile in (False, True):
+        window = options.get("max_seq_len")
+        context = decode.Context(
+            net, PROMPT, MASK, room=NEW, window=window, stride=None, use_cache=True, compile=compile
+        )
+        tokens = torch.randint(V, (2, NEW), generator=torch.Generator().manual_seed(5))
+        found.append([context.read(), *(context.extend(column) for column in tokens.unbind(1)[:-1])])
+        found[-1] = [logits.clone() for logits in found[-1]]
+    assert len(calls) >= NEW // 2
+    assert all((a - b).abs().max() <= 1e-4 for a, b in zip(*found, strict=True))
+
+
 def test_only_a_gpu_compiles_steps() -> None:
+    net = build(PaLM, {})
+    assert decode.compiled_step(net) is decode.compiled_step(net) is not decode.compiled_step(build(PaLM, {}))
     with pytest.raises(ValueError, match=r"compile: .*GPU.*cpu"):
-        build(PaLM, {}).generate(PROMPT, NEW, compile=True)
+        net.generate(PROMPT, NEW, compile=True)
 
 
 @pytest.mark.gpu

@@ -28,10 +28,10 @@ class Blocks(NamedTuple):
     values: Launch | None = None
 
 
-# For heads of up to so many dims. `HOPPER` has what was fastest on an H200, where a few spilled registers cost
-# less than smaller blocks; the others the largest blocks, then the most warps, that compile without more than
-# a few, as benchmarks/kernels.py shows. `AMPERE` also fits the 99 KB of shared memory of compute capability
-# 8.6, 8.9 and 12.x.
+# For heads of up to so many dims. `HOPPER` has what was fastest on an H200, where a few spilled registers
+# cost less than smaller blocks; the others the largest blocks, then the most warps, that compile without more
+# than a few, as benchmarks/kernels.py shows. `AMPERE` also fits the 99 KB of shared memory of compute
+# capability 8.6, 8.9 and 12.x.
 AMPERE = {
     64: Blocks(Launch(128, 64, 8, 3), Launch(16, 128, 4, 3), Launch(128, 64, 8, 3), Launch(32, 128, 8, 2)),
     128: Blocks(Launch(128, 32, 8, 3), Launch(16, 64, 4, 3), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2)),

@@ -20,8 +20,8 @@ def dot(a, b, acc=None):
 @triton.jit
 def apart(acc, length):
     """The same sums as new numbers, by adding a zero that the compiler cannot know. If one loop goes on with
-    another's, ptxas takes the hand-over for a hazard and waits for every single product, which takes a tenth to
-    a third longer on an H200. (Its machine code has then as many WARPGROUP.DEPBAR as HGMMA.)"""
+    another's, ptxas takes the hand-over for a hazard and waits for every single product, which takes a tenth
+    to a third longer on an H200. (Its machine code has then as many WARPGROUP.DEPBAR as HGMMA.)"""
     return acc + (length >> 31).to(tl.float32)
 
 
