@@ -58,7 +58,6 @@ def _add_rows(
     if call.mask.ids is not None:
         z = tl.where(document[:, None] == documents_of(query, b, call)[None, :], z, float("-inf"))
     p = tl.exp2(z * c - (row_lse - lift_of(query, slope, key_start, call, CAUSAL) * c)[None, :])
-    keep = place >= 0
     if call.seed is not None:
         keep = kept_by_dropout(query[None, :], head[None, :], key_start + place, b, call, G * R)
     if FOR_VALUES:

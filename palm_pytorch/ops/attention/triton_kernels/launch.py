@@ -201,18 +201,18 @@ def _by_keys(
     most = min(MAX_SLICES, max(1, problem.constants["R"] // 2))
     slices = min(wanted, triton.cdiv(problem.rows, launch.rows), most)
     dtype = torch.float32 if slices > 1 else None
-    parts = [None if t is None else empty_like(t, slices * t.shape[0], dtype) for t in like]
+    found = [None if t is None else empty_like(t, slices * t.shape[0], dtype) for t in like]
     _run(
         backward_keys,
         programs * slices,
-        *(*arguments, *(None if part is None else view_of(part) for part in parts), problem.call, slices),
+        *(*arguments, *(None if t is None else view_of(t) for t in found), problem.call, slices),
         launch=launch,
         **problem.constants,
     )
-    if slices == 1:
-        return parts
-    dtype = next(t.dtype for t in like if t is not None)
-    return [None if part is None else _whole(part, slices, dtype) for part in parts]
+    if slices > 1:
+        dtype = arguments[0].data.dtype  # of the queries, and so of all
+        found = [None if t is None else _whole(t, slices, dtype) for t in found]
+    return found
 
 
 def _whole(parts: Tensor, slices: int, dtype: torch.dtype) -> Tensor:
