@@ -74,7 +74,7 @@ def _add_rows(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slices"])  # known to be 1, it would have ptxas lose track, see `apart`
 def backward_keys(
     q, k, v, lse, grad, delta, dk, dv, call, slices, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
     CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
