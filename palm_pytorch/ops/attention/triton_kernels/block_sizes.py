@@ -6,14 +6,12 @@ from typing import NamedTuple
 
 
 class Launch(NamedTuple):
-    """Rows and keys of a block, warps and pipeline stages; and the registers of a thread, at most, where more
-    blocks fit onto a processor so."""
+    """Rows and keys of a block, warps and pipeline stages."""
 
     rows: int
     keys: int
     warps: int
     stages: int
-    registers: int | None = None
 
 
 class Blocks(NamedTuple):

@@ -119,7 +119,6 @@ def _run(kernel: Any, programs: int, *arguments: Any, launch: Launch, **constant
         STAGES=launch.stages,
         num_warps=launch.warps,
         num_stages=launch.stages,
-        maxnreg=launch.registers,
         enable_fp_fusion=True,
     )
 
