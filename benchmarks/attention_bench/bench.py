@@ -46,6 +46,12 @@ def reason_of(error: Exception) -> str:
     return f"failed: {type(error).__name__}: {text.partition(chr(10))[0][:200]}"
 
 
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
 class Bench:
     """Checks and times backends; remembers the truth of the small cases."""
 
@@ -98,9 +104,9 @@ class Bench:
         with torch.set_grad_enabled(x.learn):
             self.check_small(case, prepare)
             work = prepare(x)
-            took = self._seconds(lambda: truth.expect(outcome(work, x)))
+            took = seconds(lambda: truth.expect(outcome(work, x)))
             if took > SLOWEST:  # unless it was for compiling
-                took = self._seconds(lambda: truth.expect(outcome(work, x)))
+                took = seconds(lambda: truth.expect(outcome(work, x)))
             if took > SLOWEST:
                 raise Refused(f"too slow to be measured: {took:.0f} s")
             leaves = list(x.leaves.values())
@@ -112,11 +118,6 @@ class Bench:
                 times = self.clock.times(passes[which])
                 if which not in found or median(times) < found[which]["seconds"]:
                     found[which] = self._figures(case, which, times) | ({"way": way} if way else {})
-
-    def _seconds(self, work: Callable[[], object]) -> float:
-        began = time.perf_counter()
-        work()
-        return time.perf_counter() - began
 
     def _figures(self, case: Case, which: str, times: list[float]) -> dict[str, Any]:
         unit = "bytes_per_second" if case.kind == "decode" else "flops_per_second"

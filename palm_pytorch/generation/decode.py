@@ -107,8 +107,8 @@ class Context:
         self.recorded: RecordedSteps | None = None
         self.recordable = False
         if use_cache and isinstance(model, LanguageModel) and room >= LEAST_STEPS:
-            # Compiled code is for the model that it was made of, and a twin is another one each time.
-            self.packed = model if compile else packed(model)
+            if not compile:  # for compiled code a twin would be another model each time
+                self.packed = packed(model)
             # A hook would be heard at the recording alone.
             self.recordable = self.tokens.device.type == "cuda" and not has_hooks(self.modules)
 
@@ -150,7 +150,7 @@ class Context:
         self.latents = [n + 1 if n < self.most else self.most + 1 - self.stride for n in self.latents]
         if full or self.cache is None:
             return self.read()
-        if self.packed is not None and self.packed is not self.model:
+        if self.packed is not None:
             with torch.inference_mode():
                 return self._step(self.packed, drawn, self.cache)
         assert isinstance(self.model, LanguageModel)

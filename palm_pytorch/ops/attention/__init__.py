@@ -91,8 +91,6 @@ def attention(
         backend = _fastest(q)
         if backend == "triton" and bias is not None and bias.at is not None and torch.is_grad_enabled():
             backend = "sdpa"
-    if bias is not None and bias.at is not None and backend == "flex":
-        raise ValueError("backend 'flex': bias: expected `at` to be None; backend 'sdpa' can")
     return BACKENDS[backend](
         q,
         k,

@@ -143,6 +143,8 @@ def flex(
     """
     from torch.nn.attention import flex_attention as torch_flex
 
+    if bias is not None and bias.at is not None:
+        raise ValueError("backend 'flex': bias: expected `at` to be None; backend 'sdpa' can")
     if dropout_p > 0:
         raise ValueError(f"backend 'flex': dropout_p: expected 0, got {dropout_p}; backend 'sdpa' can")
     if not FLEX_TAKES_ANY_WIDTH and q.shape[-1] & (q.shape[-1] - 1):

@@ -194,9 +194,10 @@ def _by_keys(
     problem: _Problem, arguments: tuple[Any, ...], launch: Launch, *like: Tensor | None
 ) -> list[Tensor | None]:
     """The gradients of keys and of values, like them, or None for None."""
+    any_of = next(t for t in like if t is not None)
     programs = triton.cdiv(problem.call.j_len, launch.keys) * problem.groups
     # Few keys, or one key/value head and a small batch: the rows are shared out, each share summed apart.
-    wanted = max(1, 2 * processors_of(arguments[3].device) // programs)
+    wanted = max(1, 2 * processors_of(any_of.device) // programs)
     most = min(MAX_SLICES, max(1, problem.constants["R"] // 2))
     slices = min(wanted, triton.cdiv(problem.rows, launch.rows), most)
     dtype = torch.float32 if slices > 1 else None
@@ -209,8 +210,7 @@ def _by_keys(
         **problem.constants,
     )
     if slices > 1:
-        dtype = arguments[0].data.dtype  # of the queries, and so of all
-        found = [None if t is None else _whole(t, slices, dtype) for t in found]
+        found = [None if t is None else _whole(t, slices, any_of.dtype) for t in found]
     return found
 
 
