@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from palm_pytorch.layers.parallel import ParallelBlock
 from palm_pytorch.models.language_model import LanguageModel
-from palm_pytorch.models.palm import ParallelBlock
-from palm_pytorch.models.palm_lite import ParallelLiteBlock
 
 # The copy is worth its time, about 30 times that of reading the weights once, from so many tokens on, and its
 # memory up to so many bytes.
@@ -91,7 +90,7 @@ def _products(model: LanguageModel, modules: list[nn.Module]) -> dict[tuple[nn.M
     linears = {m for m in modules if type(m) is nn.Linear and "forward" not in vars(m) and _packs(m.weight)}
     found: dict[tuple[nn.Module, str], tuple[list[Tensor], Tensor | None]] = {}
     for block in filter(_is_ours, modules):
-        if isinstance(block, ParallelBlock | ParallelLiteBlock) and {block.attn_out, block.ff_out} <= linears:
+        if isinstance(block, ParallelBlock) and {block.attn_out, block.ff_out} <= linears:
             found[block, "out"] = [block.attn_out.weight, block.ff_out.weight], None
             linears -= {block.attn_out, block.ff_out}
     found |= {(linear, "forward"): ([linear.weight], linear.bias) for linear in linears}

@@ -14,60 +14,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from palm_pytorch.layers.attention import merge_heads, split_heads
+from palm_pytorch.layers.attention import split_heads
 from palm_pytorch.layers.feedforward import swiglu
 from palm_pytorch.layers.kv_cache import NO_CACHE, NO_PAST, KVCache, LayerCache
-from palm_pytorch.layers.norm import L2Norm, make_norm
+from palm_pytorch.layers.parallel import ParallelBlock
 from palm_pytorch.layers.rotary import Rotary, RotaryTable, rotate_both
 from palm_pytorch.models.language_model import LanguageModel, check_document_ids
-from palm_pytorch.ops import attention
 
 
-class ParallelBlock(nn.Module):
-    """`x + attn_out(attention(q, k, v)) + ff_out(swiglu(value, gate))`, the five from one projection.
+class PaLMBlock(ParallelBlock):
+    """`x + attn_out(attention(q, k, v)) + ff_out(swiglu(value, gate))`, the five from one projection."""
 
-    The one key/value head serves all query heads.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        heads: int,
-        dim_head: int,
-        ff_mult: int,
-        norm: str,
-        qk_norm: bool,
-        attn_dropout: float,
-        ff_dropout: float,
-        attention_backend: str,
-    ) -> None:
-        super().__init__()
-        self.dim_head, self.attn_dropout, self.backend = dim_head, attn_dropout, attention_backend
-        inner = ff_mult * dim
-        self.widths = [heads * dim_head, dim_head, dim_head, inner, inner]
-        self.norm = make_norm(norm, dim)
-        self.fused_proj = nn.Linear(dim, sum(self.widths), bias=False)
-        self.q_norm = L2Norm(dim_head) if qk_norm else nn.Identity()
-        self.k_norm = L2Norm(dim_head) if qk_norm else nn.Identity()
-        self.attn_out = nn.Linear(heads * dim_head, dim, bias=False)
-        self.ff_dropout = nn.Dropout(ff_dropout)
-        self.ff_out = nn.Linear(inner, dim, bias=False)
+    narrow = 2
 
     def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[RotaryTable, RotaryTable],
-        past: LayerCache = NO_PAST,
-        **keys: Any,
+        self, x: Tensor, rotary: tuple[RotaryTable, RotaryTable], past: LayerCache = NO_PAST, **keys: Any
     ) -> Tensor:
         """keys: key_mask and document_ids, as `attention` has them."""
-        q, k, v, value, gate = self.fused_proj(self.norm(x)).split_with_sizes(self.widths, dim=-1)
+        q, k, v, value, gate = self.project(x)
         return x + self.out(self.attend(q, k, v, rotary, past, **keys), swiglu(value, gate))
-
-    def out(self, attended: Tensor, inner: Tensor) -> Tensor:
-        """(b, n, h d) and (b, n, ff_mult c) -> (b, n, c)."""
-        return self.attn_out(attended) + self.ff_out(self.ff_dropout(inner))
 
     def attend(
         self,
@@ -82,8 +47,7 @@ class ParallelBlock(nn.Module):
         q, k, v = split_heads(q, self.dim_head), k.unsqueeze(1), v.unsqueeze(1)
         q, k = rotate_both(self.q_norm(q), self.k_norm(k), rotary)
         k, v = past.append(k, v)
-        dropout_p = self.attn_dropout if self.training else 0.0
-        return merge_heads(attention(q, k, v, **keys, dropout_p=dropout_p, backend=self.backend))
+        return self.attention(q, k, v, **keys)
 
 
 class PaLM(LanguageModel):
@@ -131,7 +95,7 @@ class PaLM(LanguageModel):
             )
         self.rotary = Rotary(dim_head, xpos_scale_base=xpos_scale_base if xpos else None)
         self.layers = nn.ModuleList(
-            ParallelBlock(
+            PaLMBlock(
                 dim,
                 heads=heads,
                 dim_head=dim_head,

@@ -15,71 +15,29 @@ from typing import Any
 from torch import Tensor, nn
 
 from palm_pytorch.layers.alibi import alibi_slopes
-from palm_pytorch.layers.attention import merge_heads, split_heads
+from palm_pytorch.layers.attention import split_heads
 from palm_pytorch.layers.feedforward import swiglu
 from palm_pytorch.layers.kv_cache import NO_CACHE, NO_PAST, KVCache, LayerCache
-from palm_pytorch.layers.norm import L2Norm, make_norm
+from palm_pytorch.layers.parallel import ParallelBlock
 from palm_pytorch.models.language_model import LanguageModel, check_document_ids
-from palm_pytorch.ops import AlibiBias, attention
+from palm_pytorch.ops import AlibiBias
 
 
-class ParallelLiteBlock(nn.Module):
+class PaLMLiteBlock(ParallelBlock):
     """`x + attn_out(attention(q, kv, kv)) + ff_out(swiglu(value, gate))`, the four from one projection."""
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        heads: int,
-        dim_head: int,
-        ff_mult: int,
-        norm: str,
-        qk_norm: bool,
-        attn_dropout: float,
-        ff_dropout: float,
-        attention_backend: str,
-    ) -> None:
-        super().__init__()
-        self.dim_head, self.attn_dropout, self.backend = dim_head, attn_dropout, attention_backend
-        inner = ff_mult * dim
-        self.widths = [heads * dim_head, dim_head, inner, inner]
-        self.norm = make_norm(norm, dim)
-        self.fused_proj = nn.Linear(dim, sum(self.widths), bias=False)
-        self.q_norm = L2Norm(dim_head) if qk_norm else nn.Identity()
-        self.k_norm = L2Norm(dim_head) if qk_norm else nn.Identity()
-        self.attn_out = nn.Linear(heads * dim_head, dim, bias=False)
-        self.ff_dropout = nn.Dropout(ff_dropout)
-        self.ff_out = nn.Linear(inner, dim, bias=False)
+    narrow = 1
 
-    def forward(
-        self,
-        x: Tensor,
-        alibi: AlibiBias,
-        past: LayerCache = NO_PAST,
-        **keys: Any,
-    ) -> Tensor:
+    def forward(self, x: Tensor, alibi: AlibiBias, past: LayerCache = NO_PAST, **keys: Any) -> Tensor:
         """keys: key_mask and document_ids, as `attention` has them."""
-        q, kv, value, gate = self.fused_proj(self.norm(x)).split_with_sizes(self.widths, dim=-1)
+        q, kv, value, gate = self.project(x)
         return x + self.out(self.attend(q, kv, alibi, past, **keys), swiglu(value, gate))
-
-    def out(self, attended: Tensor, inner: Tensor) -> Tensor:
-        """(b, n, h d) and (b, n, ff_mult c) -> (b, n, c)."""
-        return self.attn_out(attended) + self.ff_out(self.ff_dropout(inner))
 
     def attend(self, q: Tensor, kv: Tensor, alibi: AlibiBias, past: LayerCache, **keys: Any) -> Tensor:
         """q (b, n, h d), kv (b, n, d) -> (b, n, h d)."""
         # Stored before the key's norm: one tensor, not two.
         q, (kv,) = split_heads(q, self.dim_head), past.append(kv.unsqueeze(1))
-        out = attention(
-            self.q_norm(q),
-            self.k_norm(kv),
-            kv,
-            bias=alibi,
-            **keys,
-            dropout_p=self.attn_dropout if self.training else 0.0,
-            backend=self.backend,
-        )
-        return merge_heads(out)
+        return self.attention(self.q_norm(q), self.k_norm(kv), kv, bias=alibi, **keys)
 
 
 class PaLMLite(LanguageModel):
@@ -110,7 +68,7 @@ class PaLMLite(LanguageModel):
     ) -> None:
         super().__init__(locals())
         self.layers = nn.ModuleList(
-            ParallelLiteBlock(
+            PaLMLiteBlock(
                 dim,
                 heads=heads,
                 dim_head=dim_head,

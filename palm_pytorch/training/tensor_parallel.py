@@ -29,9 +29,9 @@ from torch.distributed import ProcessGroup
 from palm_pytorch.layers.attention import MultiQueryAttention
 from palm_pytorch.layers.feedforward import FeedForward
 from palm_pytorch.layers.norm import L2Norm
+from palm_pytorch.layers.parallel import ParallelBlock
 from palm_pytorch.layers.relative_bias import T5RelativeBias
-from palm_pytorch.models.palm import ParallelBlock
-from palm_pytorch.models.palm_lite import ParallelLiteBlock
+from palm_pytorch.models.palm_lite import PaLMLiteBlock
 from palm_pytorch.ops import AlibiBias
 from palm_pytorch.training.tensor_layout import Layout, share
 from palm_pytorch.training.tensor_sums import Sum, SumGradient, SumGradientOfSharedRows
@@ -108,7 +108,7 @@ def split_over(block: nn.Module, rank: int, group: ProcessGroup) -> None:
         ValueError: the ranks do not divide its heads or its inner width; nothing has been changed then.
     """
     cut = Cut(rank, dist.get_world_size(group), group)
-    if isinstance(block, ParallelBlock | ParallelLiteBlock):
+    if isinstance(block, ParallelBlock):
         cut.parallel_block(block)
     else:
         cut.block(block)
@@ -143,11 +143,11 @@ class Cut:
     def term(self, linear: nn.Linear, kind: type[TermLinear] = TermLinear) -> TermLinear:
         return kind(linear, self.layout(1, [linear.in_features]))
 
-    def parallel_block(self, block: ParallelBlock | ParallelLiteBlock) -> None:
+    def parallel_block(self, block: ParallelBlock) -> None:
         self.check("heads", block.attn_out.in_features // block.dim_head)
         self.check("inner width", block.ff_out.in_features)
         # Queries; a key and a value, or one for both; value and gate of the feed-forward.
-        split = [True, *[False] * (len(block.widths) - 3), True, True]
+        split = [True, *[False] * block.narrow, True, True]
         self.sum_gradient_of_output(block.norm)
         block.fused_proj = projection = self.split(block.fused_proj, block.widths, split)
         block.widths = projection.layout.local_widths
@@ -158,7 +158,7 @@ class Cut:
         for norm in (block.q_norm, block.k_norm):
             if isinstance(norm, L2Norm):
                 sum_gradients(norm, self.group)
-        if isinstance(block, ParallelLiteBlock):
+        if isinstance(block, PaLMLiteBlock):
             block.register_forward_pre_hook(self.own_slopes)
 
     def own_slopes(self, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
