@@ -6,7 +6,6 @@ Shapes: b batch; g key/value heads; n new tokens; j tokens so far, the new ones 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +102,12 @@ class KVCache:
         for layer in self:
             layer.length, layer.appended = layer.length + layer.appended, 0
 
+    def pasts(self, depth: int) -> list[LayerCache]:
+        """What each of so many layers stores. Raises ValueError where that is not what the cache is for."""
+        if depth != len(self.layers):
+            raise ValueError(f"cache: expected one for {depth} layers, got one for {len(self.layers)}")
+        return self.layers
+
     def begin(self, key_mask: Tensor | None, b: int, n: int) -> Tensor | None:
         """What a model asks before it appends n tokens to each of b rows: which tokens may be attended to
         then, (b, j) bool, or None for all.
@@ -174,8 +179,8 @@ class _NoPast(LayerCache):
 class _NoCache(KVCache):
     """What a model without a cache works with."""
 
-    def __iter__(self) -> Iterator[LayerCache]:
-        return repeat(NO_PAST)
+    def pasts(self, depth: int) -> list[LayerCache]:
+        return [NO_PAST] * depth
 
     def begin(self, key_mask: Tensor | None, b: int, n: int) -> Tensor | None:
         if key_mask is not None:

@@ -128,7 +128,7 @@ class LaMDA(LanguageModel):
         cache = cache or NO_CACHE
         key_mask = cache.begin(key_mask, *tokens.shape)
         x = self.token_emb(tokens)
-        for layer, past in zip(self.layers, cache, strict=False):
+        for layer, past in zip(self.layers, cache.pasts(len(self.layers)), strict=True):
             x = layer(x, past, key_mask=key_mask, document_ids=document_ids)
         cache.advance()
         return self.norm(x)

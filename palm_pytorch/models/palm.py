@@ -123,7 +123,7 @@ class PaLM(LanguageModel):
         key_mask = cache.begin(key_mask, *tokens.shape)
         x = self.token_emb(tokens)
         rotary = self.rotary(cache.positions(tokens.shape[1], tokens.device), cache)
-        for layer, past in zip(self.layers, cache, strict=False):
+        for layer, past in zip(self.layers, cache.pasts(len(self.layers)), strict=True):
             x = layer(x, rotary, past, key_mask=key_mask, document_ids=document_ids)
         cache.advance()
         return self.norm(x)

@@ -96,7 +96,7 @@ class PaLMLite(LanguageModel):
         key_mask = cache.begin(key_mask, *tokens.shape)
         x = self.token_emb(tokens)
         alibi = AlibiBias(alibi_slopes(self.config["heads"], tokens.device), cache.at)
-        for layer, past in zip(self.layers, cache, strict=False):
+        for layer, past in zip(self.layers, cache.pasts(len(self.layers)), strict=True):
             x = layer(x, alibi, past, key_mask=key_mask, document_ids=document_ids)
         cache.advance()
         return self.norm(x)

@@ -163,15 +163,15 @@ class PerceiverAR(LanguageModel):
             latents_at = self.prefix_len - 1 + counted.clamp(min=1)
         prefix, x = self.token_emb(tokens).tensor_split([p], dim=1)
         prefix, x = prefix + self.pos_emb(at), x + self.pos_emb(latents_at)
-        pasts = iter(cache)
-        for layer, past in zip(self.perceive_layers, pasts, strict=False):
+        pasts = cache.pasts(len(self.perceive_layers) + len(self.layers))
+        for layer, past in zip(self.perceive_layers, pasts[: len(self.perceive_layers)], strict=True):
             kept, kept_at, (seen, ids) = self.drop_prefix(prefix, at, key_mask, document_ids)
             rows = torch.broadcast_shapes(kept_at.shape[:-1], latents_at.shape[:-1])
             every = torch.cat([kept_at.expand(*rows, -1), latents_at.expand(*rows, -1)], dim=-1)
             x = layer(x, kept, rotary=self.rotary(every), key_mask=seen, document_ids=ids, past=past)
         rotary = self.rotary(latents_at)
         latent_ids = None if document_ids is None else document_ids[:, p:]
-        for layer, past in zip(self.layers, pasts, strict=False):
+        for layer, past in zip(self.layers, pasts[len(self.perceive_layers) :], strict=True):
             x = layer(x, rotary=rotary, key_mask=latent_mask, document_ids=latent_ids, past=past)
         cache.advance()
         return self.norm(x)

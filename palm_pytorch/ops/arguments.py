@@ -39,7 +39,7 @@ def expect_number(
     name: str, value: Any, *, least: float = -math.inf, above: float = -math.inf, below: float = math.inf
 ) -> None:
     """A finite number, `least <= value`, `above < value < below`."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     if not (least <= value and above < value < below):
         bounds = {f"at least {least}": least, f"above {above}": above, f"below {below}": below}

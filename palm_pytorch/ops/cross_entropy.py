@@ -151,7 +151,8 @@ def _check(
     expect_number("z_loss", z_loss, least=0)
     if chunk_tokens is not None:
         expect_integer("chunk_tokens", chunk_tokens)
-    if labels.device.type == "cpu" and labels.numel():
+    # Values are read on the CPU only (it stalls others), and not in compiled code (it breaks it up).
+    if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
         counted = labels[labels != ignore_index]
         if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < weight.shape[0]:
             raise ValueError(

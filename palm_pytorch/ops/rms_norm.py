@@ -19,7 +19,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., c) over its root mean square, times weight (c,); computed in float32 or better, in the dtype
     of x.
     """
-    if torch.is_grad_enabled():
+    # Compiled code plans by itself what to keep. (And torch 2.11 compiles a Function whose result was changed
+    # in place, or cast to what it is, into one without gradients.)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _RMSNorm.apply(x, weight, eps)
     if x.numel() == len(weight) and x.device.type == "cpu" and x.dtype == weight.dtype:
         # A token of a text, for which each operation counts. x and -x side by side have the mean square of x,

@@ -21,7 +21,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     cos, sin: (..., n, r), constants of any scale, broadcast against x; sin is negated in its first half.
     """
-    if not torch.is_grad_enabled():
+    # Compiled code plans by itself what to keep; see `rms_norm`.
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _rotated(x, cos, sin)
     return _Rotate.apply(x, cos, sin)
 

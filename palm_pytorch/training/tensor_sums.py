@@ -36,7 +36,8 @@ class Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup | None) -> Tensor:
-        return summed(x, group)
+        # A view, since torch 2.11 compiles what was changed in place into a result without gradient.
+        return summed(x, group).view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

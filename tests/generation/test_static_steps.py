@@ -124,10 +124,6 @@ def test_a_step_neither_waits_nor_copies_from_the_host(kind: Kind, options: dict
         MASK.to("meta")
 
 
-@pytest.mark.skipif(
-    tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13),
-    reason="the compilers of torch 2.6 and 2.7 do not follow the cache; 2.13 does, between them is untried",
-)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @variants
 @torch.inference_mode()

@@ -351,6 +351,26 @@ def test_dropout_is_for_training(kind: Kind) -> None:
         assert torch.equal(net.eval()(tokens), plain(tokens)), name
 
 
+@pytest.mark.parametrize("backend", ["blockwise", "sdpa"])
+@models
+def test_the_whole_model_compiles(kind: Kind, backend: str) -> None:
+    """Loss and gradients without a graph break, of one length, which the compiler takes for a number, and
+    of another, which it does not."""
+    torch.compiler.reset()
+    own = {"xpos": True, "qk_norm": True} if kind is PaLM else {}
+    net = build(kind, depth=1, attention_backend=backend, **own)
+    fullgraph = backend != "blockwise" or torch.__version__ >= "2.13"
+    compiled = torch.compile(net, fullgraph=fullgraph, backend="aot_eager")
+    for n in (30, 21):
+        tokens, found = random_tokens(n), []
+        for model in (net, compiled):
+            net.zero_grad()
+            loss = model(tokens, labels=tokens)
+            loss.backward()
+            found.append([loss.detach(), *(p.grad for p in net.parameters())])
+        assert all(error(a, b) <= 1e-5 for a, b in zip(*found, strict=True))
+
+
 @models
 def test_int32_tokens(kind: Kind) -> None:
     net, tokens = build(kind), random_tokens()

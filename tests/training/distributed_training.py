@@ -6,6 +6,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -117,7 +118,10 @@ class Training:
 
     def __init__(self, name: str, config: TrainConfig, parallel: Parallel) -> None:
         self.parallel, self.model = parallel, new_model(name)
-        self.network = parallelize(self.model, config, parallel)
+        # Compiled code as it is traced, without what a backend would make of it.
+        with mock.patch("torch.compile", wraps=partial(torch.compile, backend="eager")) as compile:
+            self.network = parallelize(self.model, config, parallel)
+        assert compile.called == config.compile
         self.optimizer = optimizer_of(self.model)
 
     def slice_loss(self, rows: Tensor, *, last: bool) -> float:

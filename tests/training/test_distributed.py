@@ -26,6 +26,9 @@ WORLDS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "fsdp-2-again": (2, "fsdp", {"activation_checkpointing": "attention"}),
     "tp-2-again": (2, "tp", {"activation_checkpointing": "block"}),
     "fsdp-2-tp-2": (4, "fsdp+tp", {"tensor_parallel": 2}),
+    "1-compiled": (1, "none", {"compile": True}),
+    "fsdp-2-compiled": (2, "fsdp", {"compile": True}),
+    "tp-2-compiled-again": (2, "tp", {"compile": True, "activation_checkpointing": "block"}),
 }
 
 
@@ -56,7 +59,8 @@ def test_losses_gradients_and_weights_are_those_of_one_process(
     ranks: Ranks, alone: dict[str, cases.Trained], world: str
 ) -> None:
     """A tensor-parallel plan that leaves the single key/value head or the norms to themselves runs without
-    an error, and learns something else: tensor ranks drift apart."""
+    an error, and learns something else: tensor ranks drift apart. So does compiled code whose compiler lost a
+    gradient, as torch 2.11's does of an autograd Function with a result that was changed in place."""
     world_size, kind, _ = WORLDS[world]
     names = list(cases.MODELS)
     results = run(ranks, world, cases.train_together, names)
@@ -153,26 +157,6 @@ def test_nothing_of_what_was_computed_again_is_held(ranks: Ranks) -> None:
     forward pass, for checkpointing stops as soon as it has what the backward pass wants."""
     for held in run(ranks, "tp-2-again", cases.held_after_backward):
         assert held == {name: [] for name in cases.MODELS}
-
-
-@pytest.mark.parametrize("name", ["palm", "lamda"])
-def test_compiled_blocks_train_as_others(
-    name: str, alone: dict[str, cases.Trained], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where they are computed again. Without the code that a backend would make of them."""
-    environment(monkeypatch)
-    compiled: list[Any] = []
-
-    def compile(forward: Callable[..., Any]) -> Callable[..., Any]:
-        compiled.append(forward)
-        return whole_compile(forward, backend="eager")
-
-    whole_compile = torch.compile
-    monkeypatch.setattr(torch, "compile", compile)
-    (trained,) = cases.train_together([name], "none", {"compile": True, "activation_checkpointing": "block"})
-    assert len(compiled) == cases.SHAPE["depth"]
-    assert trained.losses == pytest.approx(alone[name].losses, rel=1e-5)
-    assert trained.norms == pytest.approx(alone[name].norms, rel=1e-5)
 
 
 @pytest.mark.parametrize("world", ["tp-2", "fsdp-2-tp-2"])

@@ -64,8 +64,10 @@ def blockwise(
     per_head = None if bias is None else bias.per_head
     # Inside a Function gradients look wanted even where they are switched off.
     keep = torch.is_grad_enabled() and q.numel() // q.shape[-1] * k.shape[2] <= MAX_KEPT
+    if v is k:  # compiled code knows each argument of a Function once
+        v = v.view_as(v)
     call = _Call(causal, bias, key_mask, document_ids, dropout_p, seed, scale, keep)
-    return _Blockwise.apply(q, k, v, per_head, call)
+    return _apply(q, k, v, per_head, call)
 
 
 def _one_query(
@@ -198,6 +200,11 @@ class _Blockwise(torch.autograd.Function):
             None if scores.band is None else scores.band.per_head_grad(g),
             None,
         )
+
+
+_apply = _Blockwise.apply
+if torch.__version__ < "2.13":  # whose compilers do not follow it, and fail where they should go around it
+    _apply = torch.compiler.disable(_apply)
 
 
 def _queries_of(x: Tensor, g: int) -> Tensor:

@@ -24,7 +24,7 @@ ALIBI_QUERIES_HALF = 4096
 # Below this scale float16 has no number for `slope / scale` and its digits.
 ALIBI_LEAST_SCALE = 2**-6
 
-FLEX_TAKES_ANY_WIDTH = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 7)
+FLEX_TAKES_ANY_WIDTH = torch.__version__ >= "2.7"
 
 
 def sdpa(
@@ -51,9 +51,11 @@ def sdpa(
         q, k, v = _carry_alibi(q, k, v, bias, scale)
         bias = None
 
-    plain = causal and i_len == j_len and bias is None and key_mask is None and document_ids is None
-    mask, blind = None, None
-    if not plain:
+    mask, blind, is_causal = None, None, False
+    if causal and i_len == j_len and bias is None and key_mask is None and document_ids is None:
+        # Not the condition itself: in compiled code lengths may be symbols, and what compares them no bool.
+        is_causal = True
+    else:
         mask = visible_keys(
             i_len, j_len, causal=causal, key_mask=key_mask, document_ids=document_ids, device=q.device
         )
@@ -77,7 +79,7 @@ def sdpa(
         v,
         attn_mask=mask,
         dropout_p=dropout_p,
-        is_causal=plain,
+        is_causal=is_causal,
         scale=scale,
         enable_gqa=k.shape[1] != q.shape[1],
     )
