@@ -115,6 +115,7 @@ def test_alibi_under_a_small_scale(backend: str, dtype: torch.dtype, n: int, sca
     """With scale 1 / d, ALiBi's part of the scores is large beside q k^T before scaling: float16 ends at
     65,504.
     """
+    n = n // 4 if backend == "triton" else n  # which has one way for all lengths, and is interpreted here
     case = Case((1, 1, 1, n, n, 8), bias="alibi", scale=scale)
     found, allowed = errors(case, dtype, backend), errors(case, dtype, "reference")
     times = leeway(backend, dtype)

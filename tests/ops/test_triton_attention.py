@@ -55,7 +55,11 @@ def spread(sizes: list[Any], masks: list[str | None]) -> list[Case]:
 # Outputs and gradients
 
 
-@pytest.mark.parametrize("case", spread(SIZES, [None, "keys", "documents"]), ids=str)
+# The interpreter takes its time for every block, and so many positions already have blocks of every kind.
+INTERPRETED_SIZES = [(b, h, g, min(i, 193), min(j, 193), d) for b, h, g, i, j, d in SIZES]
+
+
+@pytest.mark.parametrize("case", spread(INTERPRETED_SIZES, [None, "keys", "documents"]), ids=str)
 def test_float32_agrees_with_the_definition(case: Case) -> None:
     found = errors(case, torch.float32, "triton")
     assert max(found.values()) <= 1e-5, found
