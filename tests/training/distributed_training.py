@@ -105,6 +105,8 @@ def started(config: TrainConfig) -> Iterator[Parallel]:
         yield parallel
     finally:
         parallel.stop()
+        if config.compile:
+            torch.compiler.reset()
 
 
 def train_together(names: list[str], kind: str, options: dict[str, Any]) -> list[Trained]:
@@ -287,7 +289,9 @@ def held_after_backward(kind: str, options: dict[str, Any]) -> dict[str, list[tu
             training = Training(name, config, parallel)
             training.slice_loss(tokens()[0, 0], last=True)
             gc.collect()
-            tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
+            # Worlds that compile leave fakes behind.
+            kinds = {Tensor, nn.Parameter, DTensor}
+            tensors = [each for each in gc.get_objects() if type(each) in kinds]
             held[name] = [tuple(tensor.shape) for tensor in tensors if tensor.grad_fn is not None]
             del tensors
     return held
