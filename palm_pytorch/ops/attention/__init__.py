@@ -155,7 +155,7 @@ def _check(
             raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {tensor.dtype}")
     named = {"k": k, "v": v, "key_mask": key_mask, "document_ids": document_ids}
     if bias is not None:
-        if not isinstance(bias, (AlibiBias, RelativeBias)):
+        if not isinstance(bias, (AlibiBias, RelativeBias)):  # a tuple as in `expect_number`
             raise TypeError(f"bias: expected AlibiBias or RelativeBias, got {type(bias).__name__}")
         if bias.per_head.shape[0] != h:
             raise ValueError(f"bias: expected one for each of {h} heads, got {bias.per_head.shape[0]}")
