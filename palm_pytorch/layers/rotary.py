@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from palm_pytorch.layers.kv_cache import NO_CACHE, KVCache
 from palm_pytorch.ops import rotate
-from palm_pytorch.ops.arguments import expect_number
+from palm_pytorch.ops.arguments import expect_number, readable
 
 # xPos scales a dimension by at most (0.4 / 1.4) ** power on either side of the middle; past this power
 # float32 has no number for it.
@@ -65,10 +65,8 @@ class Rotary(nn.Module):
         longest = int(2 * XPOS_MAX_POWER * self.xpos_scale_base)
         if cache is not NO_CACHE:
             longest //= 2  # powers are measured from one end then, not from the middle
-        # To read positions would stall another device, and break up compiled code; they are taken to be
-        # consecutive then.
-        extent = positions.shape[-1]
-        if device.type == "cpu" and extent > 1 and not torch.compiler.is_compiling():
+        extent = positions.shape[-1]  # of consecutive ones, as they are taken to be where they are not read
+        if readable(positions) and extent > 1:
             extent = int((positions.amax(dim=-1) - positions.amin(dim=-1)).max()) + 1
         if extent > longest:
             raise ValueError(

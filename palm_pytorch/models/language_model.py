@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from palm_pytorch.layers.kv_cache import KVCache
 from palm_pytorch.layers.norm import make_norm
 from palm_pytorch.ops import linear_cross_entropy
-from palm_pytorch.ops.arguments import expect_integer, expect_number, expect_tensor
+from palm_pytorch.ops.arguments import expect_integer, expect_number, expect_tensor, readable
 from palm_pytorch.ops.attention import check_backend
 
 M = TypeVar("M", bound="LanguageModel")
@@ -180,8 +180,7 @@ def check_document_ids(document_ids: Tensor | None, tokens: Tensor, cache: KVCac
 
 
 def check_tokens(tokens: Tensor, num_tokens: int, device: torch.device, name: str = "tokens") -> None:
-    """Refuses what is no batch of token ids; values are read on the CPU only (it stalls others), and
-    not in compiled code (it breaks it up)."""
+    """Refuses what is no batch of token ids, as far as they are `readable`."""
     expect_tensor(name, tokens)
     if tokens.dtype not in (torch.long, torch.int):
         raise TypeError(f"{name}: expected torch.long or torch.int, got {tokens.dtype}")
@@ -189,7 +188,6 @@ def check_tokens(tokens: Tensor, num_tokens: int, device: torch.device, name: st
         raise ValueError(f"{name}: expected shape (batch, length), neither empty, got {tuple(tokens.shape)}")
     if tokens.device != device:
         raise ValueError(f"{name}: expected the model's device {device}, got {tokens.device}")
-    read = device.type == "cpu" and not torch.compiler.is_compiling()
-    if read and not 0 <= int(tokens.min()) <= int(tokens.max()) < num_tokens:
+    if readable(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < num_tokens:
         found = f"from {int(tokens.min())} to {int(tokens.max())}"
         raise ValueError(f"{name}: expected ids in [0, {num_tokens}), got ids {found}")

@@ -14,6 +14,12 @@ def expect_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether values may be looked at: not on other devices than a CPU, which it stalls, nor in compiled
+    code, which it breaks up."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def expect_floating(name: str, value: Any) -> None:
     expect_tensor(name, value)
     if not value.is_floating_point():

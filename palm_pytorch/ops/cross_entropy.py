@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from palm_pytorch.ops.arguments import expect_floating, expect_integer, expect_number, expect_tensor
+from palm_pytorch.ops.arguments import expect_floating, expect_integer, expect_number, expect_tensor, readable
 
 # Logits held at a time: 64 MB in float32, plus as much for their gradient.
 MAX_LOGITS = 1 << 24
@@ -151,8 +151,7 @@ def _check(
     expect_number("z_loss", z_loss, least=0)
     if chunk_tokens is not None:
         expect_integer("chunk_tokens", chunk_tokens)
-    # Values are read on the CPU only (it stalls others), and not in compiled code (it breaks it up).
-    if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
+    if readable(labels) and labels.numel():
         counted = labels[labels != ignore_index]
         if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < weight.shape[0]:
             raise ValueError(

@@ -530,7 +530,7 @@ def test_a_step_compiles_once_for_all_lengths(kind: Kind, options: dict[str, Any
     """A first time for the length that it meets, a second one for any; nothing breaks the graph up."""
     if kind is PerceiverAR and torch.__version__ < "2.9":
         pytest.skip("the compiler of torch 2.6 takes each length for another")
-    torch._dynamo.reset()
+    torch.compiler.reset()
     net, prompt, tokens = build(kind, options), random_tokens(2, 12), random_tokens(2, 9)
     compiled = torch.compile(decode.step, backend="eager", fullgraph=True)
     caches = [net.new_cache(40) for _ in range(2)]
@@ -544,7 +544,7 @@ def test_a_step_compiles_once_for_all_lengths(kind: Kind, options: dict[str, Any
         )
         assert error(found, wanted) <= 1e-5
     assert counters["stats"]["unique_graphs"] <= 2
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def test_help_tells_the_arguments() -> None:

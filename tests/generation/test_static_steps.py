@@ -128,7 +128,7 @@ def test_a_step_neither_waits_nor_copies_from_the_host(kind: Kind, options: dict
 @variants
 @torch.inference_mode()
 def test_a_step_compiles_once(kind: Kind, options: dict[str, Any], backend: str) -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     net, counters = build(kind, options), torch._dynamo.utils.counters
     plain, static = begun(net, MASK), StaticCache(begun(net, MASK), room=80)
     compiled = torch.compile(decode.step, backend=backend, fullgraph=True)
@@ -137,4 +137,4 @@ def test_a_step_compiles_once(kind: Kind, options: dict[str, Any], backend: str)
         tokens = torch.randint(V, (3,))
         assert error(compiled(net, tokens, static), decode.step(net, tokens, plain)) <= 1e-5
     assert counters["stats"]["unique_graphs"] == 1
-    torch._dynamo.reset()
+    torch.compiler.reset()
