@@ -32,6 +32,10 @@ KERNELS = ("forward", "combine", "backward_queries", "backward_keys")
 # Most shared memory of a block, in bytes: CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability".
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+# Of a processor, from the same table: shared memory, of which each block takes 1 KB more than it asks for;
+# registers, which a warp takes 256 at a time; and warps.
+SHARED_BY_ALL = {target: shared + (1 << 10) for target, shared in SHARED.items()}
+REGISTERS, WARPS = 1 << 16, 64
 # Processors of an A100, an H100 and a B200 (NVIDIA's whitepapers of these), which keys and rows are shared
 # out among.
 PROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -47,6 +51,7 @@ OPTIONS = ("keys", "documents", "dropout")
 class Compiled:
     """One kernel for one target. spilled and shared are in bytes, registers a thread.  serialized: ptxas has
     it wait for each product of a Hopper GPU's tensor cores, since it could not follow the sums.
+    resident: how many blocks a processor has room for.
     """
 
     kernel: str
@@ -61,6 +66,7 @@ class Compiled:
     serialized: bool
     shared: int
     shared_limit: int
+    resident: int
 
     @property
     def fits(self) -> bool:
@@ -142,9 +148,12 @@ def compiled(
             launch.run_backward(results[0], q, k, v, *results, bias == "t5", *options)
     for name, blocks, kernel in found:
         registers, spilled = resources(kernel.asm["cubin"])
+        shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
+        by_registers = REGISTERS // (-(-registers // 8) * 256) // warps
+        resident = min(by_registers, WARPS // warps, SHARED_BY_ALL[capability] // (shared + (1 << 10)))
         yield Compiled(
             *(name, f"sm_{capability}", dim_head, dtype, bias, queries, blocks, registers, spilled),
-            *(serialized(kernel.asm["cubin"]), kernel.metadata.shared, SHARED[capability]),
+            *(serialized(kernel.asm["cubin"]), shared, SHARED[capability], resident),
         )
 
 
@@ -192,12 +201,12 @@ def main() -> None:
     )
     for dim_head, dtype, bias, queries, target in tqdm(cases, desc="compile"):
         rows += compiled(target, dim_head, dtype, bias, queries, arguments.also)
-    header = "target  d  dtype  bias  queries  kernel  blocks  registers  spilled  shared  (serialized)"
+    header = "target  d  dtype  bias  queries  kernel  blocks  registers  spilled  shared  resident"
     print(header)
     for row in rows:
         case = f"{row.target:7}{row.dim_head:4} {row.dtype:9}{row.bias:6}{row.queries:4}{row.kernel:17}"
         verdict = ("  serialized" if row.serialized else "") + ("" if row.fits else "  DOES NOT FIT")
-        print(f"{case}{row.blocks:20}{row.registers:4}{row.spilled:6}{row.shared:8}{verdict}")
+        print(f"{case}{row.blocks:20}{row.registers:4}{row.spilled:6}{row.shared:8}{row.resident:4}{verdict}")
     result = {"triton": triton.__version__, "kernels": [asdict(row) | {"fits": row.fits} for row in rows]}
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {arguments.out}")

@@ -45,6 +45,16 @@ def test_next_to_nothing_spills_and_all_fits_into_shared_memory(target: str, tmp
     for row in rows:
         assert row["fits"] and 0 < row["registers"] <= 255 and row["shared"] > 0, row
         assert not row["serialized"], row
+    if target == "90":
+        assert side_by_side(rows, "forward", "t5") == 4 and side_by_side(rows, "backward_queries", "t5") == 3
+
+
+def side_by_side(rows: list[dict[str, Any]], kernel: str, bias: str) -> int:
+    """Blocks of a kernel that a Hopper GPU's processor has room for, in training with heads of 64 dims."""
+    case = {"target": "sm_90", "dim_head": 64, "queries": "all", "dtype": "bfloat16"}
+    case |= {"kernel": kernel, "bias": bias}
+    (found,) = (row["resident"] for row in rows if case.items() <= row.items())
+    return found
 
 
 @pytest.mark.skipif(VERSION < (3, 6), reason="needs triton 3.6 or newer")
@@ -65,3 +75,6 @@ def test_the_report_in_the_repository_covers_every_case() -> None:
     # float32 is served, not tuned: the launch tables say what spills.
     assert all(row["fits"] for row in report if row["dtype"] == "bfloat16")
     assert all(row["shared"] <= row["shared_limit"] for row in report)
+    for bias, blocks in (("plain", 4), ("alibi", 3), ("t5", 4)):
+        assert side_by_side(report, "forward", bias) == blocks
+        assert side_by_side(report, "backward_queries", bias) == 3

@@ -34,10 +34,11 @@ def module(name: str) -> Any:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 16 keys and 16 or 32 rows, so that few positions are many blocks of every kind."""
+    """Blocks of 16 keys and 16 or 32 rows, so that few positions are many blocks of every kind. ALiBi comes
+    of a product, as on Hopper GPUs."""
     launch = module("triton_kernels.launch")
-    wide, square = launch.Launch(32, 16, 4, 2), launch.Launch(16, 16, 4, 2)
-    monkeypatch.setattr(launch, "blocks_for", lambda *_: launch.Blocks(wide, square, square, wide))
+    wide, square = (launch.Launch(rows, 16, 4, 2, tilted=True) for rows in (32, 16))
+    monkeypatch.setattr(launch, "blocks_for", lambda *_, **__: launch.Blocks(wide, square, square, wide))
 
 
 def spread(sizes: list[Any], masks: list[str | None]) -> list[Case]:
@@ -184,21 +185,23 @@ def test_few_queries_of_grouped_heads_share_out_the_keys(i: int) -> None:
     assert max(found.values()) <= 1e-5, found
 
 
-def test_few_queries_share_out_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("processors", [3, 100])
+def test_few_queries_share_out_the_keys(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding: one query against many keys, some of the shares wholly masked."""
     combined: list[int] = []
-    combine = module("triton_kernels.launch").combine
-    run = combine.run
+    launch = module("triton_kernels.launch")
+    run = launch.combine.run
 
     def recording(*arguments: Any, **constants: Any) -> Any:
         combined.append(constants["SPLITS"])
         return run(*arguments, **constants)
 
-    monkeypatch.setattr(combine, "run", recording)
+    monkeypatch.setattr(launch.combine, "run", recording)
+    monkeypatch.setattr(launch, "processors_of", lambda device: processors)
     q, k, v = torch.randn(2, 8, 1, 64), torch.randn(2, 1, 3000, 64), torch.randn(2, 1, 3000, 64)
     key_mask = torch.arange(3000).expand(2, -1) >= torch.tensor([[100], [2900]])
     found = attention(q, k, v, key_mask=key_mask, backend="triton")
-    assert combined and combined[0] > 1
+    assert combined == [launch.FEW_SPLITS if processors == 3 else launch.MAX_SPLITS]
     assert error(found, plain_attention(q, k, v, key_mask=key_mask)) <= 1e-5
     assert not attention(q, k, v, key_mask=torch.zeros_like(key_mask), backend="triton").any()
 

@@ -6,12 +6,19 @@ from typing import NamedTuple
 
 
 class Launch(NamedTuple):
-    """Rows and keys of a block, warps and pipeline stages."""
+    """Rows and keys of a block, warps and pipeline stages.
+
+    registers: of a thread, at most, where more blocks fit onto a processor so.
+    tilted: ALiBi comes of a product of its own (see `scores.tilt_of`), which saves registers and instructions
+    for 32 bytes of shared memory a key.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
+    tilted: bool = False
 
 
 class Blocks(NamedTuple):
@@ -28,15 +35,20 @@ class Blocks(NamedTuple):
 
 # For heads of up to so many dims. `HOPPER` has what was fastest on an H200, where a few spilled registers
 # cost less than smaller blocks; the others the largest blocks, then the most warps, that compile without more
-# than a few, as benchmarks/kernels.py shows. `AMPERE` also fits the 99 KB of shared memory of compute
-# capability 8.6, 8.9 and 12.x.
+# than a few, as benchmarks/kernels.py shows, which `HOPPER_ALIBI` was told from too. `AMPERE` also fits the
+# 99 KB of shared memory of compute capability 8.6, 8.9 and 12.x.
 AMPERE = {
     64: Blocks(Launch(128, 64, 8, 3), Launch(16, 128, 4, 3), Launch(128, 64, 8, 3), Launch(32, 128, 8, 2)),
     128: Blocks(Launch(128, 32, 8, 3), Launch(16, 64, 4, 3), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2)),
     256: Blocks(Launch(64, 32, 8, 2), Launch(16, 64, 4, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2)),
 }
 HOPPER = {
-    64: Blocks(Launch(64, 64, 4, 3), Launch(16, 128, 4, 3), Launch(64, 64, 4, 3), Launch(64, 128, 8, 3)),
+    64: Blocks(
+        Launch(64, 64, 4, 3, registers=128),
+        Launch(16, 128, 4, 3),
+        Launch(64, 64, 4, 3, registers=168),
+        Launch(64, 128, 8, 3),
+    ),
     # Padded, with masks that take registers.
     127: Blocks(Launch(128, 64, 8, 3), Launch(16, 64, 4, 3), Launch(128, 64, 8, 3), Launch(32, 128, 8, 3)),
     128: Blocks(Launch(64, 64, 4, 3), Launch(16, 64, 4, 3), Launch(128, 64, 8, 3), Launch(64, 128, 8, 2)),
@@ -48,6 +60,7 @@ HOPPER = {
         Launch(32, 128, 8, 3),
     ),
 }
+HOPPER_ALIBI = Launch(64, 64, 4, 3, registers=168, tilted=True)  # forward and queries, up to 64 dims
 BLACKWELL = {
     64: Blocks(Launch(128, 64, 8, 2), Launch(16, 128, 4, 3), Launch(128, 64, 8, 3), Launch(64, 128, 8, 3)),
     127: Blocks(Launch(128, 64, 8, 3), Launch(16, 128, 4, 3), Launch(128, 64, 8, 2), Launch(32, 64, 8, 2)),
@@ -64,8 +77,18 @@ FLOAT32 = {
 }
 
 
-def blocks_for(dim_head: int, element_size: int, capability: tuple[int, int], documents: bool) -> Blocks:
-    """The blocks for a head dim, the bytes of a number, a GPU's compute capability, and documents or none."""
+def blocks_for(
+    dim_head: int,
+    element_size: int,
+    capability: tuple[int, int],
+    *,
+    alibi: bool,
+    keys: bool,
+    documents: bool,
+    dropout: bool,
+) -> Blocks:
+    """The blocks for a head dim, the bytes of a number, a GPU's compute capability, and what of bias, masks
+    (of keys, by documents) and dropout a call has."""
     if element_size == 4:
         table = FLOAT32
     elif capability[0] in (9, 10):
@@ -76,4 +99,12 @@ def blocks_for(dim_head: int, element_size: int, capability: tuple[int, int], do
     blocks = table[width]
     if documents and width == 128 and element_size == 2 and table is not HOPPER:  # which take registers
         blocks = blocks._replace(keys=Launch(32, 64, 8, 2))
+    if table is HOPPER and width == 64:
+        if alibi:
+            blocks = blocks._replace(forward=HOPPER_ALIBI, queries=HOPPER_ALIBI)
+        elif keys or documents:  # for which 128 are too few
+            blocks = blocks._replace(forward=blocks.forward._replace(registers=168))
+        if dropout:  # which takes all there are
+            forward, queries = (each._replace(registers=None) for each in (blocks.forward, blocks.queries))
+            blocks = blocks._replace(forward=forward, queries=queries)
     return blocks

@@ -14,7 +14,9 @@ from palm_pytorch.ops.attention.triton_kernels.scores import (
     keys_seen,
     lift_of,
     pipeline_stages,
+    products,
     step_of,
+    tilt_of,
 )
 from palm_pytorch.ops.attention.triton_kernels.tiles import (
     dot,
@@ -30,13 +32,15 @@ from palm_pytorch.ops.attention.triton_kernels.tiles import (
 @triton.jit
 def forward(
     q, k, v, out, lse, call, splits, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, TILTED: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """out and lse (b * g, i * r) of a block of rows. With several splits each sees its share of the keys, and
-    out and lse have `splits` times the groups, for `combine` to add up."""
+    out and lse have `splits` times the groups, for `combine` to add up. SINGLE: each share is one block,
+    which needs no loop of its own for plain blocks."""
     bias, mask, i_len, j_len, groups = call.bias, call.mask, call.i_len, call.j_len, call.groups
     LEARNED: tl.constexpr = bias.offsets is not None
     SLOPED: tl.constexpr = bias.slopes is not None and CAUSAL
+    TILT: tl.constexpr = SLOPED and TILTED
     MASKED: tl.constexpr = mask.keys is not None or mask.ids is not None
     program = tl.program_id(0)
     group, split = program % groups, program // groups % splits
@@ -48,18 +52,19 @@ def forward(
     share = tl.cdiv(tl.cdiv(j_len, splits), KEYS) * KEYS
     start = tl.maximum(start, split * share)
     stop = tl.minimum(stop, split * share + share)
-    edge = tl.maximum(tl.minimum(edge, stop // KEYS * KEYS), start)
+    edge = start if SINGLE else tl.maximum(tl.minimum(edge, stop // KEYS * KEYS), start)
     document = documents_of(query, b, call)
 
     rows = load_rows(q, b, kv_head, tile, i_len, D, R, ROWS)
     slope = tl.zeros([ROWS], tl.float32)
     if bias.slopes is not None:
         slope = tl.load(bias.slopes + head)
+    tilt = tilt_of(slope, TILT)
     c = call.scale * LOG2_E
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, width(D)], tl.float32)
-    for EDGE in tl.static_range(2):
+    for EDGE in tl.static_range(1 if SINGLE else 0, 2):
         low, high = (edge, stop) if EDGE else (start, edge)
         for done in tl.range(
             0, high - low, step_of(LEARNED, EDGE, KEYS), num_stages=pipeline_stages(LEARNED, EDGE, STAGES)
@@ -68,10 +73,13 @@ def forward(
             place = tl.arange(0, step_of(LEARNED, EDGE, KEYS))[None, :]
             key = key_start + place
             keys = load_keys(k, b, kv_head, key_start, j_len, D, step_of(LEARNED, EDGE, KEYS), EDGE)
-            z = dot(rows, tl.trans(keys))
+            if SINGLE:  # no pipeline has them ready, so they are asked for in time
+                values = load_keys(v, b, kv_head, key_start, j_len, D, step_of(LEARNED, EDGE, KEYS), EDGE)
+            z = products(rows, keys, tilt, place, TILT)
             z = add_bias(
-                z, query[:, None], head[:, None], place, key_start, slope[:, None], call, G * R, CAUSAL, EDGE
-            )
+                z, query[:, None], head[:, None], place, key_start, slope[:, None], call, G * R, CAUSAL, EDGE,
+                TILT,
+            )  # fmt: skip
             z = hide_masked(z, document[:, None], key, b, call)
             peak = tl.max(z, 1)
             lift = lift_of(query, slope, key_start, call, CAUSAL)
@@ -89,7 +97,8 @@ def forward(
             total = total * shrink + tl.sum(p, 1)
             if call.seed is not None:
                 p = tl.where(kept_by_dropout(query[:, None], head[:, None], key, b, call, G * R), p, 0.0)
-            values = load_keys(v, b, kv_head, key_start, j_len, D, step_of(LEARNED, EDGE, KEYS), EDGE)
+            if not SINGLE:
+                values = load_keys(v, b, kv_head, key_start, j_len, D, step_of(LEARNED, EDGE, KEYS), EDGE)
             acc = dot(p.to(values.dtype), values, acc * shrink[:, None])
             highest = higher
     acc = acc / tl.where(total > 0, total * (1 - call.dropout_p), 1.0)[:, None]
@@ -101,9 +110,9 @@ def forward(
 
 
 @triton.constexpr_function
-def _parts_at_once(d):
+def _parts_at_once(d, splits):
     """So many that 256 threads hold 32 numbers each."""
-    return 8192 // width(d)
+    return min(8192 // width(d), splits)
 
 
 @triton.jit
@@ -123,8 +132,8 @@ def combine(
     total = tl.sum(tl.exp2(part_lse - level))
     d = tl.arange(0, width(D))
     acc = tl.zeros([width(D)], tl.float32)
-    for first in tl.range(0, splits, _parts_at_once(D)):
-        split = first + tl.arange(0, _parts_at_once(D))
+    for first in tl.range(0, splits, _parts_at_once(D, SPLITS)):
+        split = first + tl.arange(0, _parts_at_once(D, SPLITS))
         split_lse = tl.load(lse + (split * rows + program), mask=split < splits, other=float("-inf"))
         at = (split * batch + b) * parts.b + head * parts.h + query * parts.n
         inside = (split < splits)[:, None] & (d < D)[None, :]

@@ -53,7 +53,7 @@ def _add_rows(
     c = call.scale * LOG2_E
     z = dot(keys, tl.trans(rows))
     z = add_bias(
-        z, query[None, :], head[None, :], place, key_start, slope[None, :], call, G * R, CAUSAL, EDGE
+        z, query[None, :], head[None, :], place, key_start, slope[None, :], call, G * R, CAUSAL, EDGE, False
     )
     if call.mask.ids is not None:
         z = tl.where(document[:, None] == documents_of(query, b, call)[None, :], z, float("-inf"))

@@ -26,6 +26,8 @@ from palm_pytorch.ops.attention.triton_kernels.query_gradients import backward_q
 MAX_SLICES = 4
 # Shares of the keys that a few queries meet, at most: two to a processor of the largest GPUs.
 MAX_SPLITS = 512
+# Of so few shares, those of many rows, a row is put together by 64 threads instead of 256.
+FEW_SPLITS = 8
 
 
 class _Problem(NamedTuple):
@@ -61,8 +63,13 @@ class _Problem(NamedTuple):
         mask = Mask(mask_keys, *documents)
         call = Call(bias, mask, seed, at, dropout_p, scale, i_len, j_len, b * g)
         constants = {"G": g, "R": h // g, "D": d, "CAUSAL": causal}
-        device = capability_of(q.device)
-        blocks = blocks_for(d, q.element_size(), device, document_ids is not None)
+        blocks = blocks_for(
+            *(d, q.element_size(), capability_of(q.device)),
+            alibi=slopes is not None,
+            keys=key_mask is not None,
+            documents=document_ids is not None,
+            dropout=seed is not None,
+        )
         return _Problem(call, blocks, constants, groups=b * g, rows=i_len * (h // g))
 
 
@@ -119,6 +126,7 @@ def _run(kernel: Any, programs: int, *arguments: Any, launch: Launch, **constant
         STAGES=launch.stages,
         num_warps=launch.warps,
         num_stages=launch.stages,
+        maxnreg=launch.registers,
         enable_fp_fusion=True,
     )
 
@@ -137,7 +145,11 @@ def run_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor,
     programs = triton.cdiv(problem.rows, launch.rows) * problem.groups
     # A few queries and many keys: the keys are shared out, or most of the device would look on.
     wanted = max(1, 2 * processors_of(q.device) // programs)
-    splits = min(wanted, triton.cdiv(k.shape[2], launch.keys), MAX_SPLITS)
+    blocks = triton.cdiv(k.shape[2], launch.keys)
+    splits = min(wanted, blocks, MAX_SPLITS)
+    single = splits == blocks
+    if single:
+        launch = launch._replace(stages=1)
     out, lse = empty_like(q), q.new_empty(_by_row(problem), dtype=torch.float32)
     parts, part_lse = out, lse
     if splits > 1:
@@ -149,14 +161,16 @@ def run_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor,
             programs * splits,
             *(view_of(q), view_of(k), view_of(v), view_of(parts), part_lse, problem.call, splits),
             launch=launch,
+            TILTED=launch.tilted,
+            SINGLE=single,
             **problem.constants,
         )
         if splits > 1:
             g, r, d = (problem.constants[name] for name in "GRD")
             combine[(lse.numel(),)](
                 *(view_of(parts), part_lse, view_of(out), lse, q.shape[2], splits, q.shape[0], g, r, d),
-                SPLITS=MAX_SPLITS,
-                num_warps=8,
+                SPLITS=FEW_SPLITS if splits <= FEW_SPLITS else MAX_SPLITS,
+                num_warps=2 if splits <= FEW_SPLITS else 8,
                 enable_fp_fusion=True,
             )
     return out, lse
@@ -179,6 +193,7 @@ def run_backward(
             triton.cdiv(problem.rows, launch.rows) * problem.groups,
             *(*views, view_of(out), lse, view_of(grad), view_of(dq), delta, band, problem.call),
             launch=launch,
+            TILTED=launch.tilted,
             **problem.constants,
         )
         by_keys = partial(_by_keys, problem, (*views, lse, view_of(grad), delta))

@@ -14,7 +14,9 @@ from palm_pytorch.ops.attention.triton_kernels.scores import (
     keys_seen,
     lift_of,
     pipeline_stages,
+    products,
     step_of,
+    tilt_of,
 )
 from palm_pytorch.ops.attention.triton_kernels.tiles import (
     dot,
@@ -30,12 +32,13 @@ from palm_pytorch.ops.attention.triton_kernels.tiles import (
 @triton.jit
 def backward_queries(
     q, k, v, out, lse, grad, dq, delta, band, call, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
-    CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, TILTED: tl.constexpr,
 ):  # fmt: skip
     """dq and delta (b * g, i * r) of a block of rows, and, unless band is None, dz by distance:
     band (b * g, reach + 1, i * r), the last of which is the sum over the keys ahead."""
     bias, i_len, j_len, groups = call.bias, call.i_len, call.j_len, call.groups
     LEARNED: tl.constexpr = bias.offsets is not None
+    TILT: tl.constexpr = bias.slopes is not None and CAUSAL and TILTED
     program = tl.program_id(0)
     group = program % groups
     tile = (tl.num_programs(0) - 1 - program) // groups
@@ -57,6 +60,7 @@ def backward_queries(
     slope = tl.zeros([ROWS], tl.float32)
     if bias.slopes is not None:
         slope = tl.load(bias.slopes + head)
+    tilt = tilt_of(slope, TILT)
     c = call.scale * LOG2_E
     acc = tl.zeros([ROWS, width(D)], tl.float32)
     ahead = tl.zeros([ROWS], tl.float32)
@@ -70,10 +74,11 @@ def backward_queries(
             key = key_start + place
             keys = load_keys(k, b, kv_head, key_start, j_len, D, step_of(LEARNED, EDGE, KEYS), EDGE)
             values = load_keys(v, b, kv_head, key_start, j_len, D, step_of(LEARNED, EDGE, KEYS), EDGE)
-            z = dot(rows, tl.trans(keys))
+            z = products(rows, keys, tilt, place, TILT)
             z = add_bias(
-                z, query[:, None], head[:, None], place, key_start, slope[:, None], call, G * R, CAUSAL, EDGE
-            )
+                z, query[:, None], head[:, None], place, key_start, slope[:, None], call, G * R, CAUSAL, EDGE,
+                TILT,
+            )  # fmt: skip
             z = hide_masked(z, document[:, None], key, b, call)
             p = tl.exp2(z * c - (row_lse - lift_of(query, slope, key_start, call, CAUSAL) * c)[:, None])
             dp = dot(d_rows, tl.trans(values))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from palm_pytorch.ops.attention.triton_kernels.tiles import dot
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -64,14 +66,41 @@ def lift_of(query, slope, first_key, call, CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def tilt_of(slope, TILTED: tl.constexpr):
+    """Features (rows, 16) whose product with places 0 .. 255 is slope * place: three parts of slope that
+    bfloat16 holds, and zeros."""
+    tilt = slope
+    if TILTED:
+        high = slope.to(tl.bfloat16).to(tl.float32)
+        middle = (slope - high).to(tl.bfloat16).to(tl.float32)
+        low = slope - high - middle
+        part = tl.arange(0, 16)[None, :]
+        some = tl.where(part == 1, middle[:, None], tl.where(part == 2, low[:, None], 0.0))
+        tilt = tl.where(part == 0, high[:, None], some).to(tl.bfloat16)
+    return tilt
+
+
+@triton.jit
+def products(rows, keys, tilt, place, TILTED: tl.constexpr):
+    """q k^T of a block of rows and a block of keys at places (1, keys), with what ALiBi adds if TILTED."""
+    if TILTED:
+        places = (tl.zeros([16, 1], tl.int32) + place).to(tl.float32).to(tl.bfloat16)
+        z = dot(rows, tl.trans(keys), dot(tilt, places))
+    else:
+        z = dot(rows, tl.trans(keys))
+    return z
+
+
+@triton.jit
 def add_bias(
-    z, query, head, key, first_key, slope, call, H: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr
+    z, query, head, key, first_key, slope, call, H: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr,
+    TILTED: tl.constexpr,
 ):  # fmt: skip
-    """Adds the bias to products, less `lift_of`, and hides the keys ahead. query, head, slope and key are
-    shaped to broadcast against z; key counts from first_key."""
+    """Adds to products what is not in them of the bias, less `lift_of`, and hides the keys ahead. query,
+    head, slope and key are shaped to broadcast against z; key counts from first_key."""
     bias = call.bias
     position = query + (shift_of(call) - first_key)
-    if bias.slopes is not None:
+    if bias.slopes is not None and not TILTED:
         if CAUSAL:
             # As a sum of its own it would become what the product starts from, and take registers.
             z = tl.fma(slope, key.to(tl.float32), z)
