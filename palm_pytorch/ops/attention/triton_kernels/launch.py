@@ -148,7 +148,7 @@ def run_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor,
     blocks = triton.cdiv(k.shape[2], launch.keys)
     splits = min(wanted, blocks, MAX_SPLITS)
     single = splits == blocks
-    if single:
+    if single:  # nothing comes after that could be fetched meanwhile
         launch = launch._replace(stages=1)
     out, lse = empty_like(q), q.new_empty(_by_row(problem), dtype=torch.float32)
     parts, part_lse = out, lse
