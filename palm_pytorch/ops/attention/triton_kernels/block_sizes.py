@@ -35,20 +35,15 @@ class Blocks(NamedTuple):
 
 # For heads of up to so many dims. `HOPPER` has what was fastest on an H200, where a few spilled registers
 # cost less than smaller blocks; the others the largest blocks, then the most warps, that compile without more
-# than a few, as benchmarks/kernels.py shows, which `HOPPER_ALIBI` was told from too. `AMPERE` also fits the
-# 99 KB of shared memory of compute capability 8.6, 8.9 and 12.x.
+# than a few, as benchmarks/kernels.py shows. `AMPERE` also fits the 99 KB of shared memory of compute
+# capability 8.6, 8.9 and 12.x.
 AMPERE = {
     64: Blocks(Launch(128, 64, 8, 3), Launch(16, 128, 4, 3), Launch(128, 64, 8, 3), Launch(32, 128, 8, 2)),
     128: Blocks(Launch(128, 32, 8, 3), Launch(16, 64, 4, 3), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2)),
     256: Blocks(Launch(64, 32, 8, 2), Launch(16, 64, 4, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2)),
 }
 HOPPER = {
-    64: Blocks(
-        Launch(64, 64, 4, 3, registers=128),
-        Launch(16, 128, 4, 3),
-        Launch(64, 64, 4, 3, registers=168),
-        Launch(64, 128, 8, 3),
-    ),
+    64: Blocks(Launch(64, 64, 4, 3), Launch(16, 128, 4, 3), Launch(64, 64, 4, 3), Launch(64, 128, 8, 3)),
     # Padded, with masks that take registers.
     127: Blocks(Launch(128, 64, 8, 3), Launch(16, 64, 4, 3), Launch(128, 64, 8, 3), Launch(32, 128, 8, 3)),
     128: Blocks(Launch(64, 64, 4, 3), Launch(16, 64, 4, 3), Launch(128, 64, 8, 3), Launch(64, 128, 8, 2)),
@@ -60,7 +55,6 @@ HOPPER = {
         Launch(32, 128, 8, 3),
     ),
 }
-HOPPER_ALIBI = Launch(64, 64, 4, 3, registers=168, tilted=True)  # forward and queries, up to 64 dims
 BLACKWELL = {
     64: Blocks(Launch(128, 64, 8, 2), Launch(16, 128, 4, 3), Launch(128, 64, 8, 3), Launch(64, 128, 8, 3)),
     127: Blocks(Launch(128, 64, 8, 3), Launch(16, 128, 4, 3), Launch(128, 64, 8, 2), Launch(32, 64, 8, 2)),
@@ -100,11 +94,12 @@ def blocks_for(
     if documents and width == 128 and element_size == 2 and table is not HOPPER:  # which take registers
         blocks = blocks._replace(keys=Launch(32, 64, 8, 2))
     if table is HOPPER and width == 64:
-        if alibi:
-            blocks = blocks._replace(forward=HOPPER_ALIBI, queries=HOPPER_ALIBI)
-        elif keys or documents:  # for which 128 are too few
-            blocks = blocks._replace(forward=blocks.forward._replace(registers=168))
-        if dropout:  # which takes all there are
-            forward, queries = (each._replace(registers=None) for each in (blocks.forward, blocks.queries))
-            blocks = blocks._replace(forward=forward, queries=queries)
+        # Room for four blocks on a processor, or three; dropout takes all registers there are. Told from the
+        # machine code, as benchmarks/kernels.py shows it.
+        limits = (None, None) if dropout else (168 if alibi or keys or documents else 128, 168)
+        forward, queries = (
+            launch._replace(registers=limit, tilted=alibi)
+            for launch, limit in zip((blocks.forward, blocks.queries), limits, strict=True)
+        )
+        blocks = blocks._replace(forward=forward, queries=queries)
     return blocks

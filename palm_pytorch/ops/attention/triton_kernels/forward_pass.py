@@ -111,7 +111,7 @@ def forward(
 
 @triton.constexpr_function
 def _parts_at_once(d, splits):
-    """So many that 256 threads hold 32 numbers each."""
+    """All, or so many that 256 threads hold 32 numbers each."""
     return min(8192 // width(d), splits)
 
 

@@ -166,11 +166,12 @@ def run_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor,
             **problem.constants,
         )
         if splits > 1:
+            most, warps = (FEW_SPLITS, 2) if splits <= FEW_SPLITS else (MAX_SPLITS, 8)
             g, r, d = (problem.constants[name] for name in "GRD")
             combine[(lse.numel(),)](
                 *(view_of(parts), part_lse, view_of(out), lse, q.shape[2], splits, q.shape[0], g, r, d),
-                SPLITS=FEW_SPLITS if splits <= FEW_SPLITS else MAX_SPLITS,
-                num_warps=2 if splits <= FEW_SPLITS else 8,
+                SPLITS=most,
+                num_warps=warps,
                 enable_fp_fusion=True,
             )
     return out, lse
