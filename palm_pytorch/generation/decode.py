@@ -52,11 +52,13 @@ _compiled: WeakKeyDictionary[nn.Module, Callable[..., Tensor]] = WeakKeyDictiona
 
 
 def compiled_step(model: nn.Module) -> Callable[..., Tensor]:
-    """`step` for one token in each row of a static cache of this model, its small operations fused."""
+    """`step` for one token in each row of a static cache of this model, of any room, with its small
+    operations fused: on a GPU, into the products of a single row too, which torch then compiles itself."""
     if model not in _compiled:
         # Torch counts how often it compiles the same code, for other shapes or models, and then gives up.
         own = FunctionType(step.__code__.replace(), step.__globals__)
-        _compiled[model] = torch.compile(own, fullgraph=True)
+        options: dict[str, Any] = {"coordinate_descent_tuning": True}
+        _compiled[model] = torch.compile(own, fullgraph=True, dynamic=True, options=options)
     return _compiled[model]
 
 
@@ -383,8 +385,8 @@ def generate(
     filled with `pad_token`; when all rows have ended, generation stops.
     prompt_mask: (b, t) bool, False where a row is padded on its left, True where it has begun.
     use_cache: False reads everything anew for every token, for the same result.
-    compile: on a GPU, has `torch.compile` fuse the small operations of a step: that takes tens of seconds at
-    the first call for a model of that shape, and saves a fifth of each token's time from then on.
+    compile: on a GPU, has `torch.compile` fuse the operations of a step: that takes tens of seconds and more
+    at the first call for a model, and makes every token faster from then on.
     stride: Perceiver AR only, by how many tokens a full window moves on; what it then holds is read anew.
     None is half of its latents; 1 shows every token all that the window can hold.
     log_probs: returns also the log-probability of each token, under the model as it is (without temperature,

@@ -96,7 +96,8 @@ def rotate_both(q: Tensor, k: Tensor, tables: tuple[RotaryTable, RotaryTable]) -
     """Queries (b, h, i, d) and keys (b, g, j, d), rotated by their tables for j positions: queries are at the
     last i of them."""
     i, j = q.shape[2], k.shape[2]
-    if i == j == 1 and tables[0].cos is tables[1].cos:  # a token of a text, where each operation counts
+    # A token of a text, where each operation counts, until they are compiled into one.
+    if i == j == 1 and tables[0].cos is tables[1].cos and not torch.compiler.is_compiling():
         q, k = apply_rotary(torch.cat([q, k], dim=1), tables[0]).split_with_sizes((q.shape[1], k.shape[1]), 1)
         return q, k
     return apply_rotary(q, tables[0] if i == j else tables[0].last(i)), apply_rotary(k, tables[1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import mmap
 import sys
+from shutil import which
 from typing import Any
 
 import pytest
@@ -282,6 +283,29 @@ def test_compiles_without_a_graph_break(bias: str | None) -> None:
     )
     for name, value in compiled.named(out).items():
         assert torch.equal(value, wanted[name]), name
+
+
+@pytest.mark.skipif(not (which("c++") or which("g++")), reason="needs a C++ compiler")
+@torch.no_grad()
+def test_compiled_code_copies_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which attention is shown a part that the same code writes to."""
+    op, shown = module("triton_op"), []
+    run = op.run_forward
+    monkeypatch.setattr(op, "run_forward", lambda *x: shown.extend(t.data_ptr() for t in x[1:3]) or run(*x))
+    stored = [torch.randn(2, 2, 40, 16) for _ in range(2)]
+    q, new, at = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 1, 16), torch.tensor([19])
+
+    def step(*stored: Tensor) -> Tensor:
+        for each in stored:
+            each.index_copy_(2, at, new)
+        return attention(q, *stored, backend="triton")
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, options={"fx_graph_cache": False})
+    out = compiled(*(each[:, :, :24] for each in stored))
+    assert shown == [each.data_ptr() for each in stored]
+    assert torch.equal(out, attention(q, *(each[:, :, :24] for each in stored), backend="triton"))
+    torch.compiler.reset()
 
 
 def test_checkpointing_draws_the_same_dropout() -> None:
