@@ -201,7 +201,8 @@ def test_a_disk_that_fills_up_leaves_no_trace(
             file.write(bytes(1024))
     process.join(120)
     assert process.exitcode == 3, told.read_text()
-    assert "No space left on device" in told.read_text().splitlines()[-1]
+    # Not always the last line: Python 3.13 tells too what torch's own file makes of it as it is dropped.
+    assert "palm: error: [Errno 28] No space left on device" in told.read_text().splitlines()
     (small_disk / "ballast").unlink()
     for folder in complete_checkpoints(run):
         check_manifest(folder)
