@@ -93,7 +93,11 @@ class Context:
         **inputs: Any,
     ) -> None:
         b, t = prompt.shape
-        self.model, self.use_cache, self.inputs = model, use_cache, inputs
+        self.model, self.inputs = model, inputs
+        # What torch.compile made of one of ours takes what that takes, but would be compiled for each length
+        # of a cache.
+        self.takes_mask = isinstance(getattr(model, "_orig_mod", model), LanguageModel)
+        self.use_cache = use_cache and isinstance(model, LanguageModel)
         self.modules = list(model.modules())
         self.prefix = prefix_length(model)
         self.tokens = torch.cat([prompt, prompt.new_zeros(b, room)], dim=1)
@@ -108,20 +112,22 @@ class Context:
         self.step = compiled_step(model) if compile else step
         self.recorded: RecordedSteps | None = None
         self.recordable = False
-        if use_cache and isinstance(model, LanguageModel) and room >= LEAST_STEPS:
-            if not compile:  # for compiled code a twin would be another model each time
+        if self.use_cache and room >= LEAST_STEPS:
+            assert isinstance(model, LanguageModel)
+            if prompt.device.type == "cpu":
                 self.packed = packed(model)
             # A hook would be heard at the recording alone.
-            self.recordable = self.tokens.device.type == "cuda" and not has_hooks(self.modules)
+            self.recordable = prompt.device.type == "cuda" and not has_hooks(model)
 
     def read(self) -> Tensor:
         """Logits (b, v) after all tokens that are shown, from the start."""
         tokens, mask = self.shown()
         with self.evaluating():
-            if not isinstance(self.model, LanguageModel):
+            if not self.takes_mask:
                 return self.model(tokens, **self.inputs)[:, -1]
             if not self.use_cache:
                 return self.model(tokens, key_mask=mask, last_only=True, **self.inputs)[:, -1]
+            assert isinstance(self.model, LanguageModel)
             if self.cache is None:
                 room = self.tokens.shape[1] - self.length
                 self.cache = self.model.new_cache(self.prefix + min(self.most, max(self.latents) + room))
@@ -146,7 +152,8 @@ class Context:
 
     def extend(self, drawn: Tensor) -> Tensor:
         """Logits (b, v) after one more token (b,) in each row."""
-        self.tokens[:, self.length] = drawn
+        with torch.inference_mode():  # in which they may have been made
+            self.tokens[:, self.length] = drawn
         self.length += 1
         full = max(self.latents) == self.most
         self.latents = [n + 1 if n < self.most else self.most + 1 - self.stride for n in self.latents]

@@ -23,11 +23,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     # in place, or cast to what it is, into one without gradients.)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _RMSNorm.apply(x, weight, eps)
-    if x.numel() == len(weight) and x.device.type == "cpu" and x.dtype == weight.dtype:
-        # A token of a text, for which each operation counts. x and -x side by side have the mean square of x,
-        # and mean zero: of them a layer norm, which is one kernel on a CPU, is an RMS norm, which is eight.
-        both, gains = torch.cat([x, -x], dim=-1), torch.cat([weight, weight])
-        return F.layer_norm(both, gains.shape, gains, None, eps)[..., : len(weight)]
     return F.rms_norm(x, weight.shape, weight, eps)
 
 

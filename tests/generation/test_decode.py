@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from palm_pytorch import LaMDA, PaLM, PaLMLite, PerceiverAR
 from palm_pytorch.generation import decode, packing
+from palm_pytorch.layers.parallel import ParallelBlock
 from palm_pytorch.models.language_model import LanguageModel
 from palm_pytorch.ops import AlibiBias, attention
 
@@ -453,20 +454,20 @@ def test_two_streams_of_a_model_do_not_meet() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_weights_multiply_as_plain_ones(dtype: torch.dtype) -> None:
     net, x = build(LaMDA, {"bias": True}).to(dtype), torch.randn(3, 1, 24, dtype=dtype)
-    parallel, ways = build(PaLM, {}).to(dtype), [torch.randn(3, 1, n, dtype=dtype) for n in (96, 48)]
+    parallel, ways = build(PaLM, {}).to(dtype), [torch.randn(3, 1, n, dtype=dtype) for n in (24, 96, 48)]
 
     def products(model: LanguageModel, parallel: LanguageModel) -> Iterator[Tensor]:
-        modules = dict(model.named_modules())
+        modules, block = dict(model.named_modules()), dict(parallel.named_modules())["layers.1"]
         for kind in (dtype, torch.float32):
             with torch.autocast("cpu", torch.bfloat16, enabled=kind != dtype):
                 for part in (model.logits, modules["layers.0.ff.0"], modules["layers.0.attn"].to_q):
                     yield part(x.to(kind))
-                yield parallel.layers[1].out(*(way.to(kind) for way in ways))
+                yield block.out(*(way.to(kind) for way in ways))
 
     twins = packing.packed(net), packing.packed(parallel)
     for one, other in zip(products(net, parallel), products(*twins), strict=True):
         assert one.dtype == other.dtype
-        assert error(other, one) <= (1e-6 if one.dtype == torch.float32 else 1e-2)
+        assert error(other, one) <= (1e-6 if dtype == one.dtype == torch.float32 else 1e-2)
 
 
 class Scaled(nn.Linear):
@@ -474,22 +475,62 @@ class Scaled(nn.Linear):
         return 3 * super().forward(x)
 
 
+class Capped(PaLM):
+    def logits(self, hidden: Tensor) -> Tensor:
+        return super().logits(hidden).tanh()
+
+
+class Halved(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+def _biased(net: PaLM) -> None:
+    net.layers[0].ff_out.bias = nn.Parameter(torch.randn(24))
+
+
+def _with_own_forward(net: PaLM) -> None:
+    proj = net.layers[1].fused_proj
+    proj.forward = lambda x: nn.Linear.forward(proj, x).sin()
+
+
+CHANGES: dict[str, Callable[[PaLM], Any]] = {
+    "bias": _biased,
+    "subclass": lambda net: setattr(net.layers[1], "attn_out", Scaled(6 * 16, 24, bias=False)),
+    "wrapper": lambda net: setattr(net.layers[0], "ff_out", nn.Sequential(net.layers[0].ff_out, nn.Tanh())),
+    "own forward": _with_own_forward,
+    "own logits": lambda net: setattr(net, "logits", lambda hidden: PaLM.logits(net, hidden).tanh()),
+    "model's class": lambda net: setattr(net, "__class__", Capped),
+    "instead of dropout": lambda net: setattr(net.layers[0], "ff_dropout", nn.Tanh()),
+    "another dropout": lambda net: setattr(net.layers[0], "ff_dropout", Halved()),
+    "parametrization": lambda net: nn.utils.parametrizations.spectral_norm(net.layers[0].attn_out),
+    "hook": lambda net: net.layers[0].attn_out.register_forward_hook(lambda module, inputs, out: out + 1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
-def test_parts_of_another_kind_multiply_as_they_do() -> None:
-    """A subclass, a wrapper, a forward of its own, and a hook: all are asked."""
+def test_what_is_changed_in_a_model_counts(change: str) -> None:
+    """However many tokens are drawn, with a cache as without."""
     net, prompt = build(PaLM, {}), random_tokens(2, 12)
 
     def logits(use_cache: bool) -> Tensor:
         return torch.stack([*net.generate(prompt, 70, temperature=0, log_probs=True, use_cache=use_cache)])
 
-    scaled = Scaled(6 * 16, 24, bias=False)
-    net.layers[0].ff_out = nn.Sequential(net.layers[0].ff_out, nn.Tanh())
-    net.layers[1].attn_out = scaled
-    proj = net.layers[1].fused_proj
-    proj.forward = lambda x: nn.Linear.forward(proj, x).sin()
-    assert error(logits(True), logits(False)) <= 1e-5
-    net.layers[0].attn_out.register_forward_hook(lambda module, inputs, out: out + 1)
-    assert error(logits(True), logits(False)) <= 1e-5
+    before = logits(True)
+    CHANGES[change](net)
+    found = logits(True)
+    assert error(found, logits(False)) <= 1e-5 and error(found, before) > 1e-2
+
+
+@torch.no_grad()
+def test_hooks_for_all_modules_count() -> None:
+    net, prompt = build(PaLM, {}), random_tokens(2, 12)
+    seen: set[int] = set()
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(id(module)))
+    net.generate(prompt, 70)
+    hook.remove()
+    assert {id(module) for module in net.modules() if module is not net.layers} <= seen
 
 
 def test_weights_that_are_too_many_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -497,7 +538,8 @@ def test_weights_that_are_too_many_stay_as_they_are(monkeypatch: pytest.MonkeyPa
     assert "logits" in vars(packing.packed(net)) or not torch.backends.mkldnn.is_available()
     monkeypatch.setattr(packing, "MOST_BYTES", 100)
     twin = packing.packed(net)
-    assert not any({"logits", "forward", "out"} & set(vars(module)) for module in twin.modules())
+    products = [twin, *(m for m in twin.modules() if isinstance(m, (nn.Linear, ParallelBlock)))]
+    assert not any({"logits", "forward", "out"} & set(vars(module)) for module in products)
 
 
 def test_a_twin_leaves_its_model_alone() -> None:

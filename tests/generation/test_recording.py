@@ -52,7 +52,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def prepared(context: decode.Context, *arguments: Any, **options: Any) -> None:
         prepare(context, *arguments, **options)
-        context.recordable = True
+        context.packed, context.recordable = None, True
 
     class Static(recording.StaticCache):
         def __init__(self, cache: Any, room: int) -> None:
@@ -109,8 +109,8 @@ def test_a_cpu_records_nothing() -> None:
 def test_compiled_steps_give_what_others_do(
     kind: Kind, options: dict[str, Any], recordings: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Recorded, with nothing that the compiler could not follow, through rooms that are compiled for once, and
-    of several rows once more for one that is all of the storage."""
+    """Recorded, with nothing that the compiler could not follow. Rooms are compiled for once, and of several
+    rows once more for one that is all of the storage."""
     torch.compiler.reset()
     compile_as, graphs, calls = torch.compile, [], []
 

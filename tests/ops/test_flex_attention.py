@@ -7,13 +7,11 @@ import torch
 from attention_problems import SIZES, Case, Problem, cases, errors, exact
 
 from palm_pytorch.ops import attention
-from palm_pytorch.ops.attention.torch_backends import FLEX_TAKES_ANY_WIDTH
 
 # Said of torch's own plain path for a CPU.
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
-WIDTHS = SIZES if FLEX_TAKES_ANY_WIDTH else [size for size in SIZES if size[-1] in (16, 64)]
-CASES = cases(WIDTHS, [None, "alibi", "t5", "t5-other"], [None, "keys", "documents"])
+CASES = cases(SIZES, [None, "alibi", "t5", "t5-other"], [None, "keys", "documents"])
 
 
 @pytest.mark.parametrize("case", CASES[::2], ids=str)

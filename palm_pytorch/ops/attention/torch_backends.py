@@ -24,8 +24,6 @@ ALIBI_QUERIES_HALF = 4096
 # Below this scale float16 has no number for `slope / scale` and its digits.
 ALIBI_LEAST_SCALE = 2**-6
 
-FLEX_TAKES_ANY_WIDTH = torch.__version__ >= "2.7"
-
 
 def sdpa(
     q: Tensor,
@@ -149,11 +147,6 @@ def flex(
         raise ValueError("backend 'flex': bias: expected `at` to be None; backend 'sdpa' can")
     if dropout_p > 0:
         raise ValueError(f"backend 'flex': dropout_p: expected 0, got {dropout_p}; backend 'sdpa' can")
-    if not FLEX_TAKES_ANY_WIDTH and q.shape[-1] & (q.shape[-1] - 1):
-        raise ValueError(
-            "backend 'flex': q: expected a dim_head that is a power of two before torch 2.7, "
-            f"got {q.shape[-1]}; backend 'sdpa' can"
-        )
     on_gpu = q.device.type == "cuda"
     learns = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (q, k, v, None if bias is None else bias.per_head)
