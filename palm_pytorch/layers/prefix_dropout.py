@@ -25,7 +25,7 @@ class PrefixDropout(nn.Module):
         """prefix (b, p, c), its positions (p,) and what is known of all keys, each (b, j) or None, with what
         is left: (b, p', c), (p',) or (b, p'), and (b, j - p + p') each."""
         b, p, c = prefix.shape
-        dropped = int(p * self.share)
+        dropped = int(p * self.share + 1e-6)  # 0.29 of 100 are 29, which in floats are a little less
         if not self.training or dropped == 0:
             return prefix, at, keys
         kept = torch.rand(b, p, device=prefix.device).argsort(dim=-1)[:, dropped:].sort(dim=-1).values

@@ -45,7 +45,7 @@ def expect_number(
     name: str, value: Any, *, least: float = -math.inf, above: float = -math.inf, below: float = math.inf
 ) -> None:
     """A finite number, `least <= value`, `above < value < below`."""
-    # A tuple, since the compilers of torch 2.7 to 2.9 do not follow `int | float`.
+    # A tuple, since the compiler of torch 2.9 does not follow `int | float`.
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     if not (least <= value and above < value < below):

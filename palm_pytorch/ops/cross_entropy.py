@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from palm_pytorch.ops.arguments import expect_floating, expect_integer, expect_number, expect_tensor, readable
+from palm_pytorch.ops.derivatives import first_derivative_only
 
 # Logits held at a time: 64 MB in float32, plus as much for their gradient.
 MAX_LOGITS = 1 << 24
@@ -87,7 +87,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             label = labels[rows].where(counts[rows], 0)[:, None]
             count = counts[rows, None]
             log_z = logits.logsumexp(dim=-1, keepdim=True)
-            total += ((log_z - logits.gather(1, label) + z_loss * log_z**2) * count).sum()
+            # What does not count may be no number.
+            loss = log_z - logits.gather(1, label) + z_loss * log_z**2
+            total += loss.masked_fill(~count, 0).sum()
 
             if not (needs_hidden or needs_weight or needs_bias):
                 continue
@@ -108,7 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total * per_label
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only("linear_cross_entropy", "torch's cross_entropy of a model's logits")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias, per_label = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
@@ -133,7 +135,10 @@ def _check(
 ) -> None:
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         expect_floating(name, tensor)
+    if bias is not None:
+        expect_floating("bias", bias)
     expect_tensor("labels", labels)
+    expect_integer("ignore_index", ignore_index, least=-(2**63))
     if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             "hidden, weight: expected (..., c) and (v, c), "

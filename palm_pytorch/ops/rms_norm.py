@@ -33,15 +33,18 @@ class _RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
+        ctx.eps = eps
         return (wide * inverse).mul_(weight.to(wide.dtype)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
         wide = torch.promote_types(x.dtype, torch.float32)
+        if torch.is_grad_enabled():  # second derivatives are wanted, and what is saved is a constant
+            inverse = (x.to(wide).square().mean(dim=-1, keepdim=True) + ctx.eps).rsqrt()
         normed, grad = x.to(wide) * inverse, grad.to(wide)
         d_weight = (grad * normed).reshape(-1, x.shape[-1]).sum(0)
         grad = grad * weight.to(wide)
         along = (grad * normed).mean(dim=-1, keepdim=True)
-        dx = torch.addcmul(grad, normed, along, value=-1).mul_(inverse)
+        dx = torch.addcmul(grad, normed, along, value=-1) * inverse
         return dx.to(x.dtype), d_weight.to(weight.dtype), None

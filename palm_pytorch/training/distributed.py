@@ -165,26 +165,8 @@ def start(config: TrainConfig, device: torch.device) -> Parallel:
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     shape = (world_size // tensor_ranks, tensor_ranks)
-    parallel = Parallel(
-        kind, init_device_mesh(device.type, shape, mesh_dim_names=("data", "tensor")), device, owns
-    )
-    if "fsdp" in kind and not averages(parallel):
-        parallel.stop()
-        raise ValueError(
-            f"parallel is {kind!r} on {device.type}, where PyTorch {torch.__version__} adds gradients up "
-            "that it is to average; expected a newer one, or 'ddp'"
-        )
-    return parallel
-
-
-def averages(parallel: Parallel) -> bool:
-    """Whether the mean of gradients, as FSDP takes it, is one: of Gloo in PyTorch 2.6 it is a sum."""
-    ones, mean = (torch.ones(size, device=parallel.device) for size in (parallel.data_ranks, 1))
-    if parallel.data_ranks > 1:
-        # By its newer name, if it has one.
-        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        reduce_scatter(mean, ones, op=dist.ReduceOp.AVG, group=parallel.mesh.get_group("data"))
-    return mean.item() == 1
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "tensor"))
+    return Parallel(kind, mesh, device, owns)
 
 
 def own_gpu(device: torch.device) -> torch.device:

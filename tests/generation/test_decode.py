@@ -570,8 +570,6 @@ def test_the_cache_of_a_model_with_other_layers_is_refused(kind: Kind, options: 
 @torch.inference_mode()
 def test_a_step_compiles_once_for_all_lengths(kind: Kind, options: dict[str, Any]) -> None:
     """A first time for the length that it meets, a second one for any; nothing breaks the graph up."""
-    if kind is PerceiverAR and torch.__version__ < "2.9":
-        pytest.skip("the compiler of torch 2.6 takes each length for another")
     torch.compiler.reset()
     net, prompt, tokens = build(kind, options), random_tokens(2, 12), random_tokens(2, 9)
     compiled = torch.compile(decode.step, backend="eager", fullgraph=True)

@@ -72,6 +72,17 @@ def test_half_precision_rounds_once(norm: Norm, formula: Formula, dtype: torch.d
 
 
 @norms
+def test_second_derivatives(norm: Norm, formula: Formula) -> None:
+    module = norm(C).double()
+    x, gain = torch.randn(3, C, dtype=torch.float64), torch.randn(C, dtype=torch.float64)
+
+    def normed(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.func.functional_call(module, {"weight": weight}, (x,))
+
+    assert torch.autograd.gradgradcheck(normed, (x.requires_grad_(), gain.requires_grad_()))
+
+
+@norms
 @pytest.mark.parametrize("gain", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.filterwarnings("error")

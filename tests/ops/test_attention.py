@@ -612,6 +612,20 @@ def test_bad_bias_is_refused_by_name(
         bias(*arguments)
 
 
+@pytest.mark.parametrize("backend", ANYWHERE)
+def test_a_second_derivative_is_right_or_refused(backend: str) -> None:
+    q, kv = torch.randn(1, 2, 5, 16, requires_grad=True), torch.randn(1, 1, 5, 16)
+    out = attention(q, kv, kv, backend=backend).sum()
+    if backend == "reference":
+        (slope,) = torch.autograd.grad(out, q, create_graph=True)
+        assert slope.square().sum().requires_grad
+        return
+    with pytest.raises(
+        (RuntimeError, NotImplementedError), match=r"second derivative|not implemented|autograd"
+    ):
+        torch.autograd.grad(torch.autograd.grad(out, q, create_graph=True)[0].square().sum(), q)
+
+
 def test_a_call_leaves_its_inputs_alone() -> None:
     case = Case((2, 3, 1, 33, 33, 16), bias="t5", mask="keys+documents")
     for backend in ANYWHERE:

@@ -134,6 +134,22 @@ def test_backward_twice_over_one_graph() -> None:
     assert all(error(b, 3 * a) <= 1e-12 for a, b in zip(first, again, strict=True))
 
 
+def test_second_derivatives_are_refused() -> None:
+    """Also where the gradient that comes in is a constant, and nothing else would tell."""
+    hidden, weight, _ = inputs()
+    loss = linear_cross_entropy(hidden, weight, labels_with(-100))
+    with pytest.raises(RuntimeError, match="linear_cross_entropy: has no second derivative"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_what_does_not_count_may_be_no_number() -> None:
+    hidden, weight, _ = inputs()
+    labels = labels_with(-100)
+    wanted = linear_cross_entropy(hidden, weight, labels)
+    hidden = hidden.detach().masked_fill((labels == -100)[:, None], float("nan"))
+    assert torch.equal(linear_cross_entropy(hidden, weight, labels), wanted)
+
+
 def test_large_logits_do_not_overflow() -> None:
     hidden, weight, _ = inputs(dtype=torch.float32)
     labels = labels_with(-100)

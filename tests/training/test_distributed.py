@@ -41,12 +41,7 @@ def ranks() -> Iterator[Ranks]:
 
 def run(ranks: Ranks, world: str, function: Callable[..., Any], *args: Any) -> list[Any]:
     world_size, kind, options = WORLDS[world]
-    try:
-        return ranks.run(world_size, function, *args, kind, options)
-    except AssertionError as error:
-        if "adds gradients up" in str(error):
-            pytest.skip(f"Gloo of PyTorch {torch.__version__} cannot average")
-        raise
+    return ranks.run(world_size, function, *args, kind, options)
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,10 @@ from typing import Any
 
 import pytest
 from ranks import free_port
-from torch.distributed.fsdp import FSDPModule
 
 from palm_pytorch.cli import main
 from palm_pytorch.training.logging import read_metrics
 
-# Gloo before PyTorch 2.9 cannot average as FSDP has it done.
-KIND = "fsdp" if hasattr(FSDPModule, "set_force_sum_reduction_for_comms") else "ddp"
 ROOT = Path(__file__).parents[2]
 # Runs train.py, but that rank 1 is killed twice: in its fifth step, when the checkpoint of the second is
 # certain to be there, and then, started again, while it writes its part of a checkpoint.
@@ -56,7 +53,7 @@ def test_two_machines_recover_from_the_loss_of_a_process(tmp_path: Path, tiny: d
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     machines = [
         subprocess.Popen(
-            [*command, *flags(tiny), "--parallel", KIND],
+            [*command, *flags(tiny), "--parallel", "fsdp"],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -39,7 +39,8 @@ class AlibiBias:
     def values(self, i_len: int, j_len: int) -> Tensor:
         """The bias as a tensor (h, i, j); for the plain definition and for tests."""
         distance = key_distance(i_len, j_len, self.slopes.device, self.at)
-        return -self.slopes[:, None, None] * distance.abs()
+        slopes = self.slopes.to(torch.promote_types(self.slopes.dtype, torch.float32))
+        return -slopes[:, None, None] * distance.abs()
 
 
 @dataclass(frozen=True)

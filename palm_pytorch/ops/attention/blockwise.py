@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from palm_pytorch.ops.attention.bias import AlibiBias, Bias, RelativeBias, bucket_starts, key_distance
+from palm_pytorch.ops.derivatives import first_derivative_only
 
 # Most queries in a block, and most scores: on a CPU a few score blocks should fit in the last-level cache.
 MAX_ROWS = 128
@@ -158,7 +158,7 @@ class _Blockwise(torch.autograd.Function):
         return rearrange(out, "(b g) i r d -> b (g r) i d", g=g)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only("backend 'blockwise'", "backend 'reference'")
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         # In the dtypes of forward, whatever surrounds the call of backward.
         with torch.autocast(grad_out.device.type, enabled=False):

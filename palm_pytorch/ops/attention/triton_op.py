@@ -22,7 +22,7 @@ from palm_pytorch.ops.attention.triton_kernels.tiles import INTERPRETED
 
 # The kernels take any strides, and what they give has its own. By default a compiler would copy the part of a
 # cache that they are shown, which looks packed to it once it is written to.
-ANY_LAYOUT: dict[str, Any] = {"tags": torch.Tag.flexible_layout} if torch.__version__ >= "2.8" else {}
+ANY_LAYOUT = torch.Tag.flexible_layout
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_DIM_HEAD = 256
@@ -72,7 +72,7 @@ def triton_attention(
     return out
 
 
-@torch.library.custom_op("palm_pytorch::attention", mutates_args=(), **ANY_LAYOUT)
+@torch.library.custom_op("palm_pytorch::attention", mutates_args=(), tags=ANY_LAYOUT)
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -96,7 +96,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     return empty_like(q), q.new_empty(b * g, i_len * (h // g), dtype=torch.float32)
 
 
-@torch.library.custom_op("palm_pytorch::attention_backward", mutates_args=(), **ANY_LAYOUT)
+@torch.library.custom_op("palm_pytorch::attention_backward", mutates_args=(), tags=ANY_LAYOUT)
 def _attention_backward(
     grad: Tensor,
     q: Tensor,

@@ -1,0 +1,31 @@
+"""What a hand-written `backward` is good for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def first_derivative_only(name: str, instead: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For the `backward` of a Function whose gradients are constants to autograd: refuses a graph of them.
+
+    (`once_differentiable` of torch refuses only what comes of a gradient that itself requires one, and not
+    the usual gradient of 1: there a gradient penalty would be wrong without a word.)
+    """
+
+    def refusing(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def checked(ctx: Any, *grads: Any) -> Any:
+            # Gradients are on in a backward pass only where it is to be differentiated.
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"{name}: has no second derivative, so expected create_graph=False; {instead} has"
+                )
+            return backward(ctx, *grads)
+
+        return checked
+
+    return refusing
