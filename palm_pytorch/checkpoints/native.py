@@ -15,6 +15,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -35,6 +36,7 @@ MODELS: dict[str, type[LanguageModel]] = {
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 PARTIAL = ".partial"
+WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------- saving
@@ -53,11 +55,13 @@ def save_pretrained(
     max_shard_size: bytes of weights per file at most, unless one tensor is larger.
 
     Raises:
-        OSError: it could not be written; what the folder held stays as it was.
+        ValueError: the model has other tensors than its `config` says, so that it could not be loaded.
+        OSError: it could not be written. What the folder held stays as it was, either way.
     """
     from safetensors.torch import save_file
 
     expect_integer("max_shard_size", max_shard_size)
+    expect_as_configured(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / PARTIAL
@@ -88,6 +92,19 @@ def save_pretrained(
         install(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def expect_as_configured(model: LanguageModel) -> None:
+    """Raise a ValueError unless a model of this library has the tensors of a new one of its config."""
+    if type(model) not in MODELS.values():  # the user's own, who loads it
+        return
+    state, defined = model.state_dict(), build_on_meta(type(model), model.config).state_dict()
+    refuse_names("model", "has tensors that its config has no place for", [*(state.keys() - defined.keys())])
+    refuse_names("model", "lacks tensors of its config", [*(defined.keys() - state.keys())])
+    for name, tensor in state.items():
+        if tensor.shape != defined[name].shape:
+            shapes = f"{tuple(defined[name].shape)} by its config, got {tuple(tensor.shape)}"
+            raise ValueError(f"model: {name}: expected shape {shapes}")
 
 
 def untied(model: LanguageModel) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -131,9 +148,9 @@ def install(partial: Path, folder: Path) -> None:
     for file in files:
         file.replace(folder / file.name)
     kept = {file.name for file in files}
-    for old in [*folder.glob("model*.safetensors"), folder / INDEX_FILE]:
-        if old.name not in kept:
-            old.unlink(missing_ok=True)
+    for old in list(folder.iterdir()):
+        if old.name not in kept and (WEIGHT_FILE.fullmatch(old.name) or old.name == INDEX_FILE):
+            old.unlink()
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -183,7 +200,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         files = saved["sha256"]
-        whole = isinstance(saved["config"], dict) and saved["model"] in MODELS and len(files) > 0
+        objects = (saved["config"], files, saved.get("tied", {}))
+        whole = saved["model"] in MODELS and len(files) > 0 and all(isinstance(o, dict) for o in objects)
         if not whole or any(Path(file).name != file for file in files):  # nothing outside of the folder
             raise ValueError("it names no model of this library with its files")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -223,7 +241,8 @@ def build_on_meta(kind: type[LanguageModel], config: Mapping[str, Any]) -> Langu
     """A model without memory for its weights, which `fill` gives it."""
     known = inspect.signature(kind).parameters
     unknown = [name for name in config if name not in known]
-    if unknown:
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    if unknown and not passes_on:
         raise ValueError(
             f"config: {kind.__name__} takes no {', '.join(unknown)}; it takes {', '.join(known)}"
         )

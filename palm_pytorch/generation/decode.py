@@ -300,12 +300,13 @@ def _prepare(
     check_tokens(prompt, num_tokens, device, "prompt")
     expect_integer("max_new_tokens", max_new_tokens, least=0)
     expect_integer("num_samples", num_samples)
-    if not isinstance(pad_token, int) or isinstance(pad_token, bool):
-        raise TypeError(f"pad_token: expected an integer, got {pad_token!r}")
+    expect_integer("pad_token", pad_token, least=-(2**63))
     if eos_token is not None:
         expect_integer("eos_token", eos_token, least=0)
         if eos_token >= num_tokens:
             raise ValueError(f"eos_token: expected a token below num_tokens={num_tokens}, got {eos_token}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
     if generator is not None and generator.device.type != device.type:
         raise ValueError(f"generator: expected one on {device.type}, got one on {generator.device.type}")
     window = getattr(model, "max_seq_len", None)

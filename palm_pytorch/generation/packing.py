@@ -164,7 +164,7 @@ def _products(model: LanguageModel, modules: list[nn.Module]) -> dict[tuple[nn.M
             found[block, "out"] = [way.weight for way in ways], None
             linears -= set(ways)
     found |= {(linear, "forward"): ([linear.weight], linear.bias) for linear in linears}
-    if _packs(model.head_weight):
+    if type(model.to_logits) in (type(None), nn.Linear) and _packs(model.head_weight):
         found[model, "logits"] = [model.head_weight], model.head_bias
     if sum(weight.nbytes for weights, _ in found.values() for weight in weights) > MOST_BYTES:
         return {}

@@ -51,7 +51,7 @@ class MultiQueryAttention(nn.Module):
         for name, size in (("dim", dim), ("heads", heads), ("dim_head", dim_head), ("kv_heads", kv_heads)):
             expect_integer(name, size)
         expect_number("dropout", dropout, least=0, below=1)
-        check_backend(attention_backend)
+        check_backend(attention_backend, "attention_backend")
         if heads % kv_heads:
             raise ValueError(f"kv_heads: expected a divisor of heads={heads}, got {kv_heads}")
         self.dim_head, self.causal, self.dropout, self.backend = dim_head, causal, dropout, attention_backend

@@ -96,6 +96,6 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 def make_norm(name: str, dim: int) -> nn.Module:
     """The norm that models call `name`, one of `NORMS`."""
-    if name not in NORMS:
+    if name not in tuple(NORMS):
         raise ValueError(f"norm: expected one of {sorted(NORMS)}, got {name!r}")
     return NORMS[name](dim)

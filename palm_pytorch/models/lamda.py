@@ -18,7 +18,7 @@ from palm_pytorch.layers.feedforward import GEGLU, FeedForward
 from palm_pytorch.layers.kv_cache import NO_CACHE, NO_PAST, KVCache, LayerCache
 from palm_pytorch.layers.norm import make_norm
 from palm_pytorch.layers.relative_bias import T5RelativeBias
-from palm_pytorch.models.language_model import LanguageModel, check_document_ids
+from palm_pytorch.models.language_model import LanguageModel, check_inputs
 
 
 class LaMDABlock(nn.Module):
@@ -124,7 +124,7 @@ class LaMDA(LanguageModel):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        check_document_ids(document_ids, tokens, cache)
+        check_inputs(document_ids, tokens, cache)
         cache = cache or NO_CACHE
         key_mask = cache.begin(key_mask, *tokens.shape)
         x = self.token_emb(tokens)

@@ -119,6 +119,9 @@ class LanguageModel(nn.Module):
             hidden = hidden * scale
         if labels is None:
             return self.logits(hidden[:, -1:] if last_only else hidden)
+        if self.to_logits is not None and type(self.to_logits).forward is not nn.Linear.forward:
+            head = type(self.to_logits).__name__
+            raise ValueError(f"labels: a loss needs the weight of an nn.Linear as to_logits, got {head}")
         labels = labels[:, -hidden.shape[1] :]
         return linear_cross_entropy(
             hidden,
@@ -131,7 +134,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (.., c) -> (.., v)."""
-        return F.linear(hidden, self.head_weight, self.head_bias)
+        return F.linear(hidden, self.head_weight) if self.to_logits is None else self.to_logits(hidden)
 
     if TYPE_CHECKING:
         # `palm_pytorch.generation` stands above the models, and gives them these.
@@ -164,11 +167,14 @@ def check_config(config: dict[str, Any]) -> None:
             expect_number(name, value, least=0, below=1)
     for name in ("embedding_std", "logit_scale"):
         expect_number(name, config[name], above=0)
-    check_backend(config["attention_backend"])
+    check_backend(config["attention_backend"], "attention_backend")
 
 
-def check_document_ids(document_ids: Tensor | None, tokens: Tensor, cache: KVCache | None) -> None:
-    """Refuses ids that do not go with the tokens (b, n), and any with a cache, which keeps none."""
+def check_inputs(document_ids: Tensor | None, tokens: Tensor, cache: KVCache | None) -> None:
+    """Refuses what is no cache, ids that do not go with the tokens (b, n), and any with a cache, which keeps
+    none."""
+    if cache is not None and not isinstance(cache, KVCache):
+        raise TypeError(f"cache: expected one of `new_cache`, got {type(cache).__name__}")
     if document_ids is None:
         return
     expect_tensor("document_ids", document_ids)

@@ -19,7 +19,7 @@ from palm_pytorch.layers.attention import split_heads
 from palm_pytorch.layers.feedforward import swiglu
 from palm_pytorch.layers.kv_cache import NO_CACHE, NO_PAST, KVCache, LayerCache
 from palm_pytorch.layers.parallel import ParallelBlock
-from palm_pytorch.models.language_model import LanguageModel, check_document_ids
+from palm_pytorch.models.language_model import LanguageModel, check_inputs
 from palm_pytorch.ops import AlibiBias
 
 
@@ -91,7 +91,7 @@ class PaLMLite(LanguageModel):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        check_document_ids(document_ids, tokens, cache)
+        check_inputs(document_ids, tokens, cache)
         cache = cache or NO_CACHE
         key_mask = cache.begin(key_mask, *tokens.shape)
         x = self.token_emb(tokens)

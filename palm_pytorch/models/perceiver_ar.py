@@ -25,7 +25,7 @@ from palm_pytorch.layers.kv_cache import NO_CACHE, KVCache
 from palm_pytorch.layers.norm import make_norm
 from palm_pytorch.layers.prefix_dropout import PrefixDropout
 from palm_pytorch.layers.rotary import Rotary
-from palm_pytorch.models.language_model import LanguageModel, check_document_ids
+from palm_pytorch.models.language_model import LanguageModel, check_inputs
 from palm_pytorch.ops.arguments import expect_integer, expect_mask
 
 
@@ -147,9 +147,9 @@ class PerceiverAR(LanguageModel):
         document_ids: (b, n), as of the others. Positions are counted along the row, not in each document.
         cache: the first call with it brings the prefix, each further one the latents behind those it holds.
         """
-        check_document_ids(document_ids, tokens, cache)
+        check_inputs(document_ids, tokens, cache)
         cache = cache or NO_CACHE
-        self._check(tokens, prefix_mask, cache)
+        self._check(tokens, prefix_mask, cache, masked=key_mask is not None)
         (b, n), p = tokens.shape, 0 if cache.length else self.prefix_len
         padded = key_mask is not None or cache.mask is not None
         if prefix_mask is not None:
@@ -176,7 +176,7 @@ class PerceiverAR(LanguageModel):
         cache.advance()
         return self.norm(x)
 
-    def _check(self, tokens: Tensor, prefix_mask: Tensor | None, cache: KVCache) -> None:
+    def _check(self, tokens: Tensor, prefix_mask: Tensor | None, cache: KVCache, *, masked: bool) -> None:
         b, n = tokens.shape
         if not self.prefix_len < cache.length + n <= self.max_seq_len:
             raise ValueError(
@@ -185,8 +185,8 @@ class PerceiverAR(LanguageModel):
             )
         if prefix_mask is not None:
             expect_mask("prefix_mask", prefix_mask, (b, self.prefix_len))
-            if cache.length:
-                raise ValueError("prefix_mask: the cache holds the prefix already, so expected None")
+            if cache.length or masked:
+                raise ValueError("prefix_mask: the cache or key_mask holds it already, so expected None")
 
     def new_cache(self, capacity: int = 256) -> KVCache:
         """As of the others, but that nothing goes past max_seq_len, and that the latents' layers hold no

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,47 @@ def test_shards(kind: type[LanguageModel], options: dict[str, Any], tmp_path: Pa
     assert torch.equal(kind.from_pretrained(tmp_path)(text), model(text))
     model.save_pretrained(tmp_path)  # leaves no shard behind
     assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_other_files_stay_where_they_are(tmp_path: Path) -> None:
+    others = {"model_ema.safetensors", "model-best.safetensors", "models.safetensors", "model-1.bin"}
+    for name in others:
+        (tmp_path / name).write_text("precious")
+    saved(tmp_path)
+    assert others < {file.name for file in tmp_path.iterdir()}
+
+
+CHANGES: dict[str, Callable[[PaLM], Any]] = {
+    "token_emb.weight: expected shape": lambda m: setattr(m, "token_emb", torch.nn.Embedding(60, 24)),
+    "no place for: to_logits.weight": lambda m: setattr(m, "to_logits", torch.nn.Linear(24, 37, bias=False)),
+    "no place for: layers.0.ff_out.bias": lambda m: setattr(
+        m.layers[0].ff_out, "bias", torch.nn.Parameter(torch.zeros(24))
+    ),
+    "lacks tensors of its config: layers.1": lambda m: m.layers.__delitem__(1),
+}
+
+
+@pytest.mark.parametrize("said", CHANGES)
+def test_a_model_that_could_not_be_loaded_is_not_saved_over_one_that_can(said: str, tmp_path: Path) -> None:
+    saved(tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    model = build()
+    CHANGES[said](model)
+    with pytest.raises(ValueError, match=f"^model.*{said}"):
+        model.save_pretrained(tmp_path)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+class Own(PaLM):
+    def __init__(self, **config: Any) -> None:
+        super().__init__(**config)
+
+
+def test_a_class_that_passes_its_arguments_on(tmp_path: Path) -> None:
+    Own(**SHAPE).save_pretrained(tmp_path)
+    assert type(Own.from_pretrained(tmp_path)) is Own
+    with pytest.raises(TypeError, match="colour"):
+        Own.from_pretrained(tmp_path, colour="red")
 
 
 def test_a_tensor_larger_than_a_shard_has_one_to_itself(tmp_path: Path) -> None:

@@ -236,6 +236,20 @@ def test_a_prefix_mask_moves_with_the_tokens(stride: int) -> None:
     assert torch.equal(found, tokens[:, 17:])
 
 
+def test_a_compiled_net_sees_the_masks_too() -> None:
+    """Of a prefix that is masked, and of one that the prompt does not fill."""
+    net = build(PerceiverAR).double().eval()
+    compiled = torch.compile(net, backend="eager")
+    mask = torch.tensor([[True, False, True, False, False, True]] * 2)
+    for start, inputs in ((random_tokens(17), {"prefix_mask": mask}), (random_tokens(3), {})):
+        found, wanted = (
+            AutoregressiveWrapper(each, max_seq_len=20).generate(start, 5, temperature=0, **inputs)
+            for each in (compiled, net)
+        )
+        assert torch.equal(found, wanted)
+    torch.compiler.reset()
+
+
 def test_a_prompt_shorter_than_the_prefix() -> None:
     net, start = build(PerceiverAR).double(), random_tokens(3)
     found = AutoregressiveWrapper(net).generate(start, 9, temperature=0)

@@ -438,6 +438,14 @@ def test_an_exception_inside_the_model_leaves_it_usable(
     assert as_before(net)
 
 
+def test_a_stream_may_be_made_in_inference_mode_and_read_outside() -> None:
+    net, prompt = build(PaLM, {}), random_tokens(2, 12)
+    with torch.inference_mode():
+        stream = net.stream(prompt, 70, temperature=0)
+    found = torch.stack([*stream], dim=1)
+    assert torch.equal(found, net.generate(prompt, 70, temperature=0))
+
+
 def test_two_streams_of_a_model_do_not_meet() -> None:
     net = build(PaLM, {}).train()
     prompts = [random_tokens(2, 12) for _ in range(2)]
@@ -619,6 +627,7 @@ def test_help_tells_the_arguments() -> None:
         ({"eos_token": V}, ValueError, "eos_token: .*37"),
         ({"eos_token": -1}, ValueError, "eos_token: .*-1"),
         ({"pad_token": None}, TypeError, "pad_token: .*None"),
+        ({"generator": 5}, TypeError, "generator: .*int"),
         ({"prompt_mask": torch.ones(2, 3)}, TypeError, "prompt_mask: .*float32"),
         ({"prompt_mask": torch.ones(2, 4, dtype=torch.bool)}, ValueError, r"prompt_mask: .*\(2, 4\)"),
         ({"prompt_mask": torch.tensor([[0, 0, 1], [0, 0, 0]]).bool()}, ValueError, r"prompt_mask: .*\[1\]"),

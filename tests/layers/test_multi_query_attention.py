@@ -110,7 +110,7 @@ def test_an_earlier_position_does_not_see_a_later_one() -> None:
         ({"heads": 0}, "heads: .*0"),
         ({"dim_head": 0}, "dim_head: .*0"),
         ({"dropout": 1.5}, "dropout: .*1.5"),
-        ({"attention_backend": "cudnn"}, "backend: .*'cudnn'"),
+        ({"attention_backend": "cudnn"}, "attention_backend: .*'cudnn'"),
     ],
 )
 def test_bad_arguments_are_refused_when_built(arguments: dict[str, Any], said: str) -> None:

@@ -372,6 +372,22 @@ def test_the_whole_model_compiles(kind: Kind, backend: str) -> None:
 
 
 @models
+def test_a_head_that_the_user_puts_there_is_asked(kind: Kind) -> None:
+    net, tokens = build(kind, tie_embeddings=False), random_tokens()
+    wanted = net(tokens).tanh()
+    net.to_logits = nn.Sequential(net.to_logits, nn.Tanh())
+    assert torch.equal(net(tokens), wanted)
+    with pytest.raises(ValueError, match=r"labels: .*to_logits, got Sequential"):
+        net(tokens, labels=tokens)
+
+
+@models
+def test_what_is_no_cache_is_refused(kind: Kind) -> None:
+    with pytest.raises(TypeError, match=r"cache: .*new_cache.* str"), torch.no_grad():
+        build(kind)(random_tokens(), cache="all of it")
+
+
+@models
 def test_int32_tokens(kind: Kind) -> None:
     net, tokens = build(kind), random_tokens()
     assert torch.equal(net(tokens.int()), net(tokens))
@@ -462,7 +478,7 @@ def test_bad_shapes_are_refused_by_name(
     [
         ({"norm": "batchnorm"}, ValueError, "norm: .*'batchnorm'"),
         ({"norm": None}, (ValueError, TypeError), "norm: .*None"),
-        ({"attention_backend": "cudnn"}, ValueError, "backend: .*'cudnn'"),
+        ({"attention_backend": "cudnn"}, ValueError, "attention_backend: .*'cudnn'"),
         ({"surprise": 1}, TypeError, "surprise"),
     ],
     ids=str,

@@ -233,6 +233,12 @@ def test_too_short_and_too_long_sequences_are_refused(length: int) -> None:
         model()(torch.zeros(2, length, dtype=torch.long))
 
 
+def test_two_masks_of_one_prefix_are_refused() -> None:
+    masks = {"prefix_mask": torch.ones(2, P), "key_mask": torch.ones(2, 37)}
+    with pytest.raises(ValueError, match=r"prefix_mask: .*key_mask"):
+        model()(torch.zeros(2, 37, dtype=torch.long), **{name: mask.bool() for name, mask in masks.items()})
+
+
 @pytest.mark.parametrize(
     ("mask", "kind", "said"),
     [

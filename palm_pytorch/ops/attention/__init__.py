@@ -117,10 +117,10 @@ def _fastest(q: Tensor) -> str:
     return "sdpa"
 
 
-def check_backend(backend: str) -> None:
-    """Raises ValueError unless `attention` knows the backend."""
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend: expected 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
+def check_backend(backend: str, name: str = "backend") -> None:
+    """Raises ValueError, naming the argument, unless `attention` knows the backend."""
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"{name}: expected 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
 
 
 def _check(
