@@ -149,7 +149,7 @@ PREPARED: dict[type[nn.Module], Callable[[Any], Call]] = {
 
 def _products(model: LanguageModel, modules: list[nn.Module]) -> dict[tuple[nn.Module, str], Call]:
     """The methods that are a product with a weight: of linear layers, of the model, and of parallel blocks,
-    whose two ways out are one product of what goes in side by side, added to what the block was given."""
+    whose two ways out are one product of what goes in side by side."""
     # The operators are torch's own, made for its compiler, and not promised to stay.
     operators = ("_reorder_linear_weight", "_linear_pointwise")
     if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, o) for o in operators):
@@ -178,17 +178,15 @@ def _packs(weight: Tensor) -> bool:
 
 
 def _packed(weights: list[Tensor], bias: Tensor | None) -> Call:
-    """x -> x weight^T + bias, or (x, way, ..) -> x + (way, ..) (weight, ..)^T of ways side by side."""
+    """(x, ..) -> (x, ..) (weight, ..)^T + bias, what is several side by side."""
     weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights, dim=1).detach(), 1)
-    multiply, multiply_add = (getattr(torch.ops.mkldnn._linear_pointwise, o) for o in ("default", "binary"))
+    multiply = torch.ops.mkldnn._linear_pointwise.default
 
-    def product(x: Tensor, *ways: Tensor) -> Tensor:
-        factor = torch.cat(ways, dim=-1) if ways else x
-        if factor.dtype != weight.dtype or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
-            plain = F.linear(factor, torch.cat(weights, dim=1), bias)
-            return x + plain if ways else plain
-        if ways:
-            return multiply_add(factor, x, weight, bias, "add")
+    def product(x: Tensor, *more: Tensor) -> Tensor:
+        if more:
+            x = torch.cat([x, *more], dim=-1)
+        if x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+            return F.linear(x, torch.cat(weights, dim=1), bias)
         return multiply(x, weight, bias, "none", [], "")
 
     return product

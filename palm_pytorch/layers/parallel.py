@@ -58,6 +58,6 @@ class ParallelBlock(nn.Module):
         dropout_p = self.attn_dropout if self.training else 0.0
         return merge_heads(attention(q, k, v, **options, dropout_p=dropout_p, backend=self.backend))
 
-    def out(self, x: Tensor, attended: Tensor, inner: Tensor) -> Tensor:
-        """x (b, n, c) and what the two ways out add: (b, n, h d) and (b, n, ff_mult c) -> (b, n, c)."""
-        return x + (self.attn_out(attended) + self.ff_out(self.ff_dropout(inner)))
+    def out(self, attended: Tensor, inner: Tensor) -> Tensor:
+        """(b, n, h d) and (b, n, ff_mult c) -> (b, n, c)."""
+        return self.attn_out(attended) + self.ff_out(self.ff_dropout(inner))

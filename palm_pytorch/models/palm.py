@@ -32,7 +32,7 @@ class PaLMBlock(ParallelBlock):
     ) -> Tensor:
         """keys: key_mask and document_ids, as `attention` has them."""
         q, k, v, value, gate = self.project(x)
-        return self.out(x, self.attend(q, k, v, rotary, past, **keys), swiglu(value, gate))
+        return x + self.out(self.attend(q, k, v, rotary, past, **keys), swiglu(value, gate))
 
     def attend(
         self,

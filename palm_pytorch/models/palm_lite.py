@@ -31,7 +31,7 @@ class PaLMLiteBlock(ParallelBlock):
     def forward(self, x: Tensor, alibi: AlibiBias, past: LayerCache = NO_PAST, **keys: Any) -> Tensor:
         """keys: key_mask and document_ids, as `attention` has them."""
         q, kv, value, gate = self.project(x)
-        return self.out(x, self.attend(q, kv, alibi, past, **keys), swiglu(value, gate))
+        return x + self.out(self.attend(q, kv, alibi, past, **keys), swiglu(value, gate))
 
     def attend(self, q: Tensor, kv: Tensor, alibi: AlibiBias, past: LayerCache, **keys: Any) -> Tensor:
         """q (b, n, h d), kv (b, n, d) -> (b, n, h d)."""

@@ -462,7 +462,7 @@ def test_two_streams_of_a_model_do_not_meet() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_weights_multiply_as_plain_ones(dtype: torch.dtype) -> None:
     net, x = build(LaMDA, {"bias": True}).to(dtype), torch.randn(3, 1, 24, dtype=dtype)
-    parallel, ways = build(PaLM, {}).to(dtype), [torch.randn(3, 1, n, dtype=dtype) for n in (24, 96, 48)]
+    parallel, ways = build(PaLM, {}).to(dtype), [torch.randn(3, 1, n, dtype=dtype) for n in (96, 48)]
 
     def products(model: LanguageModel, parallel: LanguageModel) -> Iterator[Tensor]:
         modules, block = dict(model.named_modules()), dict(parallel.named_modules())["layers.1"]
@@ -475,7 +475,7 @@ def test_packed_weights_multiply_as_plain_ones(dtype: torch.dtype) -> None:
     twins = packing.packed(net), packing.packed(parallel)
     for one, other in zip(products(net, parallel), products(*twins), strict=True):
         assert one.dtype == other.dtype
-        assert error(other, one) <= (1e-6 if dtype == one.dtype == torch.float32 else 1e-2)
+        assert error(other, one) <= (1e-6 if one.dtype == torch.float32 else 1e-2)
 
 
 class Scaled(nn.Linear):

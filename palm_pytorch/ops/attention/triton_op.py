@@ -22,7 +22,7 @@ from palm_pytorch.ops.attention.triton_kernels.tiles import INTERPRETED
 
 # The kernels take any strides, and what they give has its own. By default a compiler would copy the part of a
 # cache that they are shown, which looks packed to it once it is written to.
-ANY_LAYOUT = torch.Tag.flexible_layout
+ANY_LAYOUT = (torch.Tag.flexible_layout,)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_DIM_HEAD = 256
