@@ -201,8 +201,10 @@ def test_a_disk_that_fills_up_leaves_no_trace(
             file.write(bytes(1024))
     process.join(120)
     assert process.exitcode == 3, told.read_text()
-    # Not always the last line: Python 3.13 tells too what torch's own file makes of it as it is dropped.
-    assert "palm: error: [Errno 28] No space left on device" in told.read_text().splitlines()
+    # Not always the last line: Python 3.13 tells too what torch's own file makes of it as it is dropped. And
+    # torch's archive, if that is what did not fit, only that it is not where it should be.
+    errors = [line for line in told.read_text().splitlines() if line.startswith("palm: error: ")]
+    assert any(said in errors[-1] for said in ("No space left on device", "could not be written: [enforce"))
     (small_disk / "ballast").unlink()
     for folder in complete_checkpoints(run):
         check_manifest(folder)
