@@ -112,7 +112,7 @@ def hub_model() -> Any:
         import huggingface_hub
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "models on the hub need huggingface_hub: pip install 'palm_pytorch[hub]'", name=error.name
+            "models on the hub need huggingface_hub: pip install huggingface_hub", name=error.name
         ) from error
 
     class HubModel(huggingface_hub.ModelHubMixin, library_name="palm_pytorch", tags=["text-generation"]):

@@ -254,6 +254,4 @@ def _import_datasets(what: str) -> Any:
 
 
 def _not_installed(what: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
-    return ModuleNotFoundError(
-        f"{what} needs {error.name}: pip install 'palm_pytorch[data]'", name=error.name
-    )
+    return ModuleNotFoundError(f"{what} needs {error.name}: pip install {error.name}", name=error.name)

@@ -107,7 +107,7 @@ def read_files(paths: list[Path], *, show: bool = True) -> Iterator[bytes]:
                     yield from _decompress(CallbackIOWrapper(bar.update, file, "read"), kind)
             except ModuleNotFoundError as error:
                 raise ModuleNotFoundError(
-                    f"{path} can be read with zstandard only: pip install 'palm_pytorch[train]'"
+                    f"{path} can be read with zstandard only: pip install zstandard"
                 ) from error
             except EOFError as error:
                 raise ValueError(f"{path} is cut short: {error}") from error

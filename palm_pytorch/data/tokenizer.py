@@ -193,7 +193,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         return kinds[file.suffix](content)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{file.name} needs {error.name}: pip install 'palm_pytorch[tokenizers]'", name=error.name
+            f"{file.name} needs {error.name}: pip install {error.name}", name=error.name
         ) from error
     except Exception as error:  # whatever the library says of a file that is not its own
         raise ValueError(f"{file}: cannot be read as a tokenizer: {error}") from error

@@ -34,7 +34,7 @@ def train_tokenizer(texts: Iterable[str], *, kind: TokenizerKind = "bpe", vocab_
         import sentencepiece
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "training a tokenizer needs sentencepiece: pip install 'palm_pytorch[tokenizers]'",
+            "training a tokenizer needs sentencepiece: pip install sentencepiece",
             name=error.name,
         ) from error
     options: dict[str, Any] = {

@@ -165,6 +165,9 @@ def check_config(config: dict[str, Any]) -> None:
     for name, value in config.items():
         if "dropout" in name:
             expect_number(name, value, least=0, below=1)
+    for name in ("qk_norm", "xpos", "tie_embeddings", "final_norm", "gated", "bias", "prefix_bias"):
+        if not isinstance(value := config.get(name, False), bool):
+            raise TypeError(f"{name}: expected True or False, got {value!r}")
     for name in ("embedding_std", "logit_scale"):
         expect_number(name, config[name], above=0)
     check_backend(config["attention_backend"], "attention_backend")

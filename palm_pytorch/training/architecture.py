@@ -71,7 +71,7 @@ def read_architecture(text: str | None) -> dict[str, Any]:
         if not (name and equals and value) or name in found:
             raise ValueError(f"architecture is {text!r}; expected NAME=VALUE,NAME=VALUE,..., each name once")
         try:
-            found[name] = json.loads(value)
+            found[name] = json.loads(value.lower() if value in ("True", "False") else value)
         except ValueError:
             found[name] = value
     return found

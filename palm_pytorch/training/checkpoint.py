@@ -97,7 +97,9 @@ class Source:
                 return folder, damaged
             except DamagedError as error:
                 damaged.append(error)
-        raise DamagedError("; ".join(map(str, damaged)) + ". There is no earlier checkpoint to fall back to")
+        raise DamagedError(
+            "; ".join(map(str, damaged)) + ". Nothing else was asked for that would do instead"
+        )
 
     def undamaged(self) -> Path:
         """As `choose`, with a warning of each that is passed over."""

@@ -101,7 +101,7 @@ def plot_metrics(runs: Mapping[str, Sequence[Row]], path: Path, *, x: str = "tok
         import matplotlib
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "pictures need matplotlib: pip install 'palm_pytorch[train]'", name=error.name
+            "pictures need matplotlib: pip install matplotlib", name=error.name
         ) from error
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -40,7 +40,7 @@ def check_sinks(log: str | None) -> None:
     for name in sink_names(log):
         if find_spec(name) is None:
             raise ModuleNotFoundError(
-                f"log is {log!r}, and {name} is not installed: pip install 'palm_pytorch[{name}]'", name=name
+                f"log is {log!r}, and {name} is not installed: pip install {name}", name=name
             )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from palm_pytorch.data.tokenizer import Tokenizer
+from palm_pytorch.data.tokenizer import IntegerTokenizer, Tokenizer
 from palm_pytorch.training.options import POSITIVE, option
 from palm_pytorch.training.trained import ModelOptions, load_trained
 
@@ -71,6 +71,8 @@ def write(options: GenerateOptions) -> None:
     tokens, seconds = 0, 0.0
     for text in prompts(options):
         prompt = torch.tensor([tokenizer.encode(text).tolist()], device=trained.device)
+        if isinstance(tokenizer, IntegerTokenizer):  # whose numbers go on after a space
+            text = f"{text.rstrip()} "
         stream = trained.model.stream(prompt, pad_token=-1, **sampling)
         started = time.perf_counter()
         if options.num_samples == 1:

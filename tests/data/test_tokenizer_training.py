@@ -59,5 +59,5 @@ def test_lines_are_sentences_of_bounded_length() -> None:
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'palm_pytorch\[tokenizers\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install sentencepiece"):
         train_tokenizer([TEXT])

@@ -478,6 +478,7 @@ def test_bad_shapes_are_refused_by_name(
     [
         ({"norm": "batchnorm"}, ValueError, "norm: .*'batchnorm'"),
         ({"norm": None}, (ValueError, TypeError), "norm: .*None"),
+        ({"tie_embeddings": "no"}, TypeError, "tie_embeddings: .*'no'"),
         ({"attention_backend": "cudnn"}, ValueError, "attention_backend: .*'cudnn'"),
         ({"surprise": 1}, TypeError, "surprise"),
     ],

@@ -59,6 +59,7 @@ def test_they_survive_being_written() -> None:
     options = {"norm": "layernorm", "qk_norm": True, "kv_heads": 4, "logit_scale": 0.5}
     assert read_architecture(write_architecture(options)) == options
     assert write_architecture({}) is None and read_architecture(None) == {}
+    assert read_architecture("qk_norm=False,xpos=True") == {"qk_norm": False, "xpos": True}
 
 
 @pytest.mark.parametrize("text", ["norm", "norm=", "=3", "norm=a,norm=b", "norm=layernorm,"])

@@ -128,7 +128,7 @@ def read_msgpack(path: Path) -> Any:
         import msgpack
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{path.name} needs msgpack: pip install 'palm_pytorch[flax]'", name=error.name
+            f"{path.name} needs msgpack: pip install msgpack", name=error.name
         ) from error
     try:
         # strict_map_key: chunks are numbered.  No limits: whoever has the file has it whole already.
