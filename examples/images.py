@@ -62,7 +62,10 @@ def draw(options: argparse.Namespace) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    model = PerceiverAR.from_pretrained(options.model)
+    try:
+        model = PerceiverAR.from_pretrained(options.model)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{options.model}: no trained model: {error}") from error
     wished = wishes(np.random.default_rng(options.seed), 8)
     meant = np.stack([sequence(*wish) for wish in wished.tolist()])[:, 4:]
     begin = np.full((len(wished), 1), model.config["num_tokens"] - 1)  # the token that begins a sequence

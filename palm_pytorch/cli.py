@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,6 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     converter.add_argument("folder", help="where to; new or empty")
 
     given = vars(parser.parse_args(arguments))
+    warnings.formatwarning = lambda message, *where: f"palm: warning: {message}\n"
     if isinstance(sys.stdout, io.TextIOWrapper):  # samples are any text, and logs are to be read as they grow
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     command = given.pop("command")

@@ -101,10 +101,21 @@ def open_text(
     data_split: str = "train",
 ) -> Source | Corpus:
     """What `source` names: one running text if it is a single file of text or a published corpus, and else
-    documents. Raises as `open_corpus` and `open_source`."""
+    documents.
+
+    Raises:
+        ValueError: it holds integers or conversations, which are read as they lie.
+        And as `open_corpus` and `open_source`.
+    """
     if source is None or find_published(source):
         return open_corpus(source, data_dir)
     path = Path(source).expanduser()
+    if is_array(path):
+        raise ValueError(f"{path} holds integers; expected text, since integers are trained on as they lie")
+    if path.exists() and is_dialog(path):
+        raise ValueError(
+            f"{path} holds conversations; expected documents, since conversations are trained on as they lie"
+        )
     if path.is_file() and not kind_of(path):
         return open_corpus(source, data_dir)
     return open_source(source, text_column=text_column, config=data_config, split=data_split)

@@ -167,6 +167,8 @@ def read_manifest(folder: Path) -> Manifest:
         fingerprint = content.pop("fingerprint")
         content["train"] = tuple(Part(**part) for part in content["train"])
         manifest = Manifest(**{**content, "valid": Part(**content["valid"]), "test": Part(**content["test"])})
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"{folder}: expected a folder of prepared data, found no {path}") from error
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged, or not a manifest: {error!r}") from error
     if manifest.fingerprint != fingerprint:

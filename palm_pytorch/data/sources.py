@@ -119,13 +119,15 @@ def _read_json_lines(path: Path, column: str) -> Iterator[Document]:
     for number, line in enumerate(_lines(read_files([path], show=False)), 1):
         if not line.strip():
             continue
+        where = f"{path}, line {number:,}"
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number:,}: is not JSON: {error}") from error
+            raise ValueError(f"{where}: expected JSON lines, an object in each: {error}") from error
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number:,}: {type(record).__name__}, expected an object")
-        yield _record(record, column, f"{path}, line {number:,}")
+            kind = type(record).__name__
+            raise ValueError(f"{where}: expected JSON lines, an object in each, got a {kind}")
+        yield _record(record, column, where)
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:

@@ -31,12 +31,14 @@ class Tokenizer(ABC):
     Attributes:
         num_tokens: how many there are; a model may have more.
         eos_token: the one that ends a document and stands for no text, or None.
+        unit: what `num_bytes` counts, for people.
         fingerprint: the SHA-256 of its file in hexadecimal; a fixed word where there is none.
         file: name and content of its file in a run's or a model's folder, or None.
     """
 
     num_tokens: int
     eos_token: int | None = None
+    unit = "byte"
     fingerprint: str
     file: tuple[str, bytes] | None = None
 
@@ -120,6 +122,8 @@ class IntegerTokenizer(Tokenizer):
 
     num_values: integers below this are values; the token after them begins and ends a sequence.
     """
+
+    unit = "value"
 
     def __init__(self, num_values: int) -> None:
         if num_values < 1:

@@ -12,6 +12,7 @@ import torch
 
 from palm_pytorch import LaMDA, PaLM, PaLMLite, PerceiverAR
 from palm_pytorch.models.language_model import LanguageModel
+from palm_pytorch.ops import attention
 from palm_pytorch.training.config import TrainConfig
 
 MODELS: dict[str, type[LanguageModel]] = {
@@ -41,7 +42,24 @@ def build_model(config: TrainConfig, num_tokens: int = BYTES) -> LanguageModel:
             raise ValueError(
                 f"architecture has {name}, which is no further option of {kind.__name__}: {expected}"
             )
+    if isinstance(named := more.get("num_tokens"), int) and named < num_tokens:
+        raise ValueError(f"architecture has num_tokens={named}; expected at least the data's {num_tokens}")
     return kind(**{**arguments, **more})
+
+
+def check_attention(model: LanguageModel, dropout: float, device: torch.device) -> None:
+    """Raise a ValueError unless the model's attention can be trained on the device."""
+    backend, shape = model.config["attention_backend"], (1, 1, 1, model.config["dim_head"])
+    if backend == "auto":
+        return
+    try:
+        attention(
+            *(torch.zeros(shape, device=device, requires_grad=True) for _ in "qkv"),
+            dropout_p=dropout,
+            backend=backend,
+        )
+    except ValueError as error:
+        raise ValueError(f"architecture has attention_backend={backend}: {error}") from error
 
 
 def plain_arguments(config: TrainConfig) -> dict[str, Any]:

@@ -99,7 +99,8 @@ def evaluate_model(source: str, options: EvaluateOptions) -> dict[str, Any]:
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     at = f" at step {trained.step:,}" if trained.step is not None else ""
-    print(f"model   {source}{at}: a {type(model).__name__} of {parameters:,} parameters")
+    name = trained.run if source == "auto" else source
+    print(f"model   {name}{at}: a {type(model).__name__} of {parameters:,} parameters")
     print(f"data    {data}")
     print(
         f"windows {len(windows):,} of {windows.length:,} tokens, {stride:,} apart: {windows.cost:.1f} "
@@ -135,7 +136,9 @@ def evaluate_model(source: str, options: EvaluateOptions) -> dict[str, Any]:
         "perplexity": found.perplexity,
         "seconds": round(seconds, 1),
     }
-    told = f"{options.split:7} {found.bits_per_byte:.4f} bits per byte of {found.num_bytes:,}"
+    told = (
+        f"{options.split:7} {found.bits_per_byte:.4f} bits per {data.tokenizer.unit} of {found.num_bytes:,}"
+    )
     if not isinstance(data.tokenizer, ByteTokenizer):
         told += f", perplexity {found.perplexity:.2f} per token of {found.num_labels:,}"
     print(f"{told}, in {seconds:,.0f} s")

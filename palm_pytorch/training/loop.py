@@ -158,7 +158,8 @@ class Trainer:
                     loss, bits = score(run, "valid", self.metrics, self.stop)
                     if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
                         state.best_step, state.best_loss = state.step, loss
-                    self.tell(f"step {state.step:,}: {bits:.4f} bits per byte of validation text")
+                    unit = run.data.tokenizer.unit
+                    self.tell(f"step {state.step:,}: {bits:.4f} bits per {unit} of validation data")
                 else:
                     self.tell(write_sample(run, self.stop))
                 state.due.pop(0)

@@ -143,7 +143,7 @@ def report(run: Run, test_bits: float | None) -> str:
     if test_bits is None:
         ending = f"resume  {run.resume_command()}"
     else:
-        ending = f"model   {run.folder / 'model'}\ntest    {test_bits:.4f} bits per byte"
+        ending = f"model   {run.folder / 'model'}\ntest    {test_bits:.4f} bits per {run.data.tokenizer.unit}"
     done = f"{run.state.step:,} steps in {run.state.seconds:,.0f} s"
     return f"run     {run.folder}: {done}\nplot    {drawn}\n{ending}"
 

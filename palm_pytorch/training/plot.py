@@ -29,7 +29,7 @@ class PlotOptions:
         TypeError, ValueError: an option has the wrong type or is none of its choices.
     """
 
-    out: str = option("picture", "where to; the suffix decides the format", default="runs.png")
+    out: str = option("picture", "where to; the suffix decides the format (none: png)", default="runs.png")
     x: Literal["tokens", "steps", "seconds"] = option("picture", "what curves run over", default="tokens")
 
     def __post_init__(self) -> None:
@@ -51,8 +51,10 @@ def plot_runs(folders: Sequence[str], options: PlotOptions) -> Path:
         runs[label] = read_metrics(path)
         if not any(curve(runs[label], split, options.x).size for split in ("train", "valid")):
             raise ValueError(f"{path} has no scores over {options.x} yet")
-    plot_metrics(runs, Path(options.out), x=options.x)
-    return Path(options.out)
+    out = Path(options.out)
+    out = out if out.suffix else out.with_suffix(".png")
+    plot_metrics(runs, out, x=options.x)
+    return out
 
 
 def labels(folders: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from palm_pytorch.data.batch import Dataset
 from palm_pytorch.data.dialog_dataset import DialogDataset
 from palm_pytorch.data.opening import open_dataset
 from palm_pytorch.data.tokenizer import Tokenizer, load_tokenizer, stored_tokenizer
-from palm_pytorch.training.architecture import build_model
+from palm_pytorch.training.architecture import build_model, check_attention
 from palm_pytorch.training.checkpoint import Source, check_same_data, check_same_model, read_about
 from palm_pytorch.training.config import TrainConfig
 from palm_pytorch.training.distributed import Parallel, start
@@ -71,6 +71,9 @@ class Run:
         """What is about to happen, for people."""
         config, state = self.config, self.state
         parameters = sum(parameter.numel() for parameter in state.model.parameters())
+        scheduled = ""
+        if config.schedule_steps != config.steps:  # as of a run that goes on for longer than was planned
+            scheduled = f"; learning rates of a schedule of {config.schedule_steps:,}"
         threads = f" with {torch.get_num_threads()} threads" if state.device.type == "cpu" else ""
         return (
             f"model   {config.model}: dim {config.dim}, depth {config.depth}, {config.heads} heads of "
@@ -79,7 +82,8 @@ class Run:
             f"device  {state.device}{threads}, {str(self.precision).removeprefix('torch.')}\n"
             f"steps   {state.step:,} of {config.steps:,} done; one is {config.tokens_per_step:,} tokens: "
             f"{config.grad_accum} x {config.batch_size} sequences of {config.seq_len}"
-            f"{f', times {config.batch_ramp}' if config.batch_ramp else ''}\n"
+            f"{f', times {config.batch_ramp}' if config.batch_ramp else ''}"
+            f"{scheduled}\n"
             f"run     {self.folder}"
         )
 
@@ -232,6 +236,7 @@ def build_run(
     compute_reproducibly(parallel.device)
     with torch.device("meta"):
         model = build_model(config, data.num_tokens)
+    check_attention(model, config.dropout, parallel.device)
     network = parallelize(model, config, parallel)
     if weights is not None:
         weights.put_into(model)

@@ -88,8 +88,10 @@ def decode(tokenizer: str) -> None:
         OSError, ModuleNotFoundError: as `load_tokenizer`.
     """
     loaded = load_tokenizer(tokenizer)
-    tokens = np.array([int(word) for word in sys.stdin.read().split()], dtype=np.int64)
-    if len(wrong := tokens[(tokens < 0) | (tokens >= loaded.num_tokens)]):
-        raise ValueError(f"token {wrong[0]}: expected 0 to {loaded.num_tokens - 1}")
+    words = sys.stdin.read().split()
+    for word in words:
+        if not (word.isdecimal() and int(word) < loaded.num_tokens):
+            raise ValueError(f"token {word!r}: expected a number from 0 to {loaded.num_tokens - 1}")
+    tokens = np.array([int(word) for word in words], dtype=np.int64)
     sys.stdout.buffer.write(loaded.decode_bytes(tokens))
     sys.stdout.buffer.flush()

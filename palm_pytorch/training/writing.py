@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fileinput
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -46,7 +47,7 @@ def prompts(options: GenerateOptions) -> Iterator[str]:
     """Those of the options: one, or one for each line that is not empty.
 
     Raises:
-        ValueError: both ways of giving them are used, or a prompt is empty.
+        ValueError: both ways of giving them are used, or there is no text in them.
     """
     if options.prompt is not None and options.prompt_file is not None:
         raise ValueError(f"prompt_file is {options.prompt_file!r}; expected none beside prompt")
@@ -55,11 +56,14 @@ def prompts(options: GenerateOptions) -> Iterator[str]:
         if not text:
             raise ValueError("prompt is empty; expected some text to go on from")
         yield text
-    elif options.prompt_file == "-":
-        yield from (line for line in map(str.rstrip, sys.stdin) if line)
-    else:
-        with open(options.prompt_file, encoding="utf-8", errors="surrogateescape") as file:
-            yield from (line for line in map(str.rstrip, file) if line)
+        return
+    found = False
+    with fileinput.FileInput(options.prompt_file, encoding="utf-8", errors="surrogateescape") as lines:
+        for line in filter(None, map(str.rstrip, lines)):
+            found = True
+            yield line
+    if not found:
+        raise ValueError(f"prompt_file is {options.prompt_file!r}, without text; expected prompts in lines")
 
 
 def write(options: GenerateOptions) -> None:
@@ -79,8 +83,10 @@ def write(options: GenerateOptions) -> None:
             print(visible(text), end="", flush=True)
             tokens += show((int(each) for each in stream), tokenizer)
         else:
-            for sample in zip(*(each.tolist() for each in stream), strict=True):
-                print(visible(text), end="")
+            samples = zip(*(each.tolist() for each in stream), strict=True)
+            for number, sample in enumerate(samples, 1):
+                print(f"sample {number} of {options.num_samples}:", file=sys.stderr, flush=True)
+                print(visible(text), end="", flush=True)
                 tokens += show((token for token in sample if token != -1), tokenizer)
         seconds += time.perf_counter() - started
     rate = tokens / seconds if seconds else 0

@@ -12,7 +12,7 @@ import torch
 
 from palm_pytorch.data import opening
 from palm_pytorch.data.batch import Dataset
-from palm_pytorch.data.opening import open_dataset
+from palm_pytorch.data.opening import open_dataset, open_text
 from palm_pytorch.data.packed import PackedDataset
 from palm_pytorch.data.prepare import prepare
 from palm_pytorch.data.sources import open_source
@@ -94,3 +94,6 @@ def test_what_is_no_running_text_has_nothing_to_reach_across(tmp_path: Path) -> 
     for name, more in (("a.npy", {"num_values": 2}), ("chats.jsonl", {})):
         with pytest.raises(ValueError, match=f"documents is 'across'; expected 'inside' for .*{name}"):
             open_here(tmp_path / name, tmp_path / "data", documents="across", **more)
+    for name, holds in (("a.npy", "integers; expected text"), ("chats.jsonl", "conversations; expected doc")):
+        with pytest.raises(ValueError, match=f"{name} holds {holds}"):
+            open_text(tmp_path / name, tmp_path / "data")

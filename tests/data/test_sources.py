@@ -118,8 +118,8 @@ def test_half_a_surrogate_in_json_is_kept_as_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "error", "complaint"),
     [
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', ValueError, r"a\.jsonl, line 2: is not JSON"),
-        ("a.jsonl", b"[1]\n", ValueError, r"a\.jsonl, line 1: list, expected an object"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', ValueError, r"a\.jsonl, line 2: expected JSON lines"),
+        ("a.jsonl", b"[1]\n", ValueError, r"a\.jsonl, line 1: expected JSON lines, .*, got a list"),
         (
             "a.jsonl",
             b'{"content": "a", "id": 1}\n',

@@ -11,6 +11,7 @@ from palm_pytorch import LaMDA, PaLM, PaLMLite, PerceiverAR
 from palm_pytorch.models.language_model import LanguageModel
 from palm_pytorch.training.architecture import (
     build_model,
+    check_attention,
     options_of,
     read_architecture,
     write_architecture,
@@ -66,6 +67,20 @@ def test_they_survive_being_written() -> None:
 def test_what_cannot_be_read(text: str) -> None:
     with pytest.raises(ValueError, match=r"architecture is '.*'; expected NAME=VALUE"):
         read_architecture(text)
+
+
+def test_values_that_the_data_or_the_machine_do_not_serve() -> None:
+    def built(architecture: str) -> LanguageModel:
+        return build_model(TrainConfig.for_machine(dim=16, architecture=architecture))
+
+    with pytest.raises(ValueError, match="architecture has num_tokens=10; expected at least the data's 256"):
+        built("num_tokens=10")
+    assert built("num_tokens=300").config["num_tokens"] == 300
+    cpu = torch.device("cpu")
+    for served in ("auto", "sdpa"):
+        check_attention(built(f"attention_backend={served}"), 0.1, cpu)
+    with pytest.raises(ValueError, match="architecture has attention_backend=flex: backend 'flex': "):
+        check_attention(built("attention_backend=flex"), 0.1, cpu)
 
 
 @pytest.mark.parametrize("name", ["kv_heads", "dim", "ff_dropout", "self"])

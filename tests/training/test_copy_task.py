@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from palm_pytorch import PerceiverAR
@@ -24,7 +25,9 @@ def mirrored(path: Path) -> Path:
     return path
 
 
-def test_a_mirrored_copy_is_learned_to_the_last_token(tmp_path: Path) -> None:
+def test_a_mirrored_copy_is_learned_to_the_last_token(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """16 latents predict the mirrored half and END; held-out halves are copied without a fault."""
     data, length = mirrored(tmp_path / "mirrored.npy"), 2 * HALF + 1
     run = prepare(
@@ -40,6 +43,7 @@ def test_a_mirrored_copy_is_learned_to_the_last_token(tmp_path: Path) -> None:
     )
     train(run)
     run.close()
+    assert "bits per value\n" in capsys.readouterr().out
 
     sequences = open_array(data, END + 1, seq_len=length).held_out("test").tokens.reshape(-1, 1 + length)
     held_out = torch.from_numpy(sequences.astype(np.int64))[:500]

@@ -100,6 +100,8 @@ def test_the_command(
     write_run(Path("a"), ROWS)
     assert main(["plot", "a"]) == 0
     assert Path("runs.png").exists() and capsys.readouterr().out == "runs.png\n"
+    assert main(["plot", "a", "--out", "picture"]) == 0
+    assert Path("picture.png").exists() and capsys.readouterr().out == "picture.png\n"
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,8 @@ def stopped(tiny: dict[str, Any]) -> dict[str, Any]:
 
 def test_a_resumed_run_keeps_the_options_that_are_not_given(stopped: dict[str, Any]) -> None:
     run = prepare(resume=stopped["out"], steps=9)
-    assert run.state.step == 4
+    assert run.state.step == 4 and "4 of 9 done" in str(run)
+    assert "learning rates of a schedule of 6" in str(run)
     assert {**asdict(run.config), "lr": 0.125, "steps": 9, "schedule_steps": 6, "dim": 16} == asdict(
         run.config
     )

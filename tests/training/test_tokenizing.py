@@ -70,7 +70,7 @@ def test_train_on_several_sources_then_encode_and_decode(
         ("train nowhere.txt", "nowhere.txt"),
         ("encode nowhere.model", "nowhere.model: expected 'bytes' or a tokenizer's file, got none"),
         ("encode bytes --invalid-bytes refuse", "byte 0xff at 1 is not UTF-8"),
-        ("decode bytes", "token 256: expected 0 to 255"),
+        ("decode bytes", "token '256': expected a number from 0 to 255"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

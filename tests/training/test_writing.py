@@ -92,6 +92,7 @@ def test_a_text_ends_with_the_end_token(saved: str, capsys: pytest.CaptureFixtur
         ("generate --checkpoint SAVED --prompt=", "prompt is empty"),
         ("generate --checkpoint SAVED --prompt x --prompt-file y", "prompt_file is 'y'"),
         ("generate --checkpoint SAVED --prompt-file missing", "missing"),
+        ("generate --checkpoint SAVED --prompt-file empty", "prompt_file is 'empty', without text"),
         ("generate --checkpoint SAVED --prompt x --top-k 0", "top_k: "),
         ("generate --checkpoint SAVED --prompt x --temperature -1", "temperature: "),
         ("generate --checkpoint SAVED --prompt x --eos-token 256", "eos_token: "),
@@ -108,6 +109,7 @@ def test_bad_input_is_one_line_and_status_2(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").write_text("\n\n")
     shape: dict[str, Any] = {"dim": 16, "depth": 1, "heads": 2, "dim_head": 8, "ff_mult": 2}
     if "WORDS" in flags:
         PaLM(num_tokens=300, **shape).save_pretrained(tmp_path / "WORDS")
