@@ -202,9 +202,14 @@ class _Blockwise(torch.autograd.Function):
         )
 
 
-_apply = _Blockwise.apply
+def _apply(*inputs: Any) -> Tensor:
+    out: Tensor = _Blockwise.apply(*inputs)
+    return out
+
+
 if torch.__version__ < "2.13":  # whose compilers do not follow it, and fail where they should go around it
-    _apply = torch.compiler.disable(_apply)
+    # Other than `torch.compiler.disable`, it does not import the compiler for that.
+    _apply = torch._disable_dynamo(_apply)  # type: ignore[attr-defined]
 
 
 def _queries_of(x: Tensor, g: int) -> Tensor:
