@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from palm_pytorch.generation.decode import Context, draw_tokens, prefix_length, stacked
+from palm_pytorch.generation.decode import Context, check_eos_token, draw_tokens, prefix_length, stacked
 from palm_pytorch.generation.sampling import sample
 from palm_pytorch.models.language_model import LanguageModel, check_tokens
 from palm_pytorch.ops.arguments import expect_integer, expect_mask, expect_tensor
@@ -37,8 +37,8 @@ class AutoregressiveWrapper(nn.Module):
     def forward(self, x: Tensor, *, mask: Tensor | None = None, **inputs: Any) -> Tensor:
         """Mean loss of x (b, n) in nats, each token but the first predicted from those before it.
 
-        mask: (b, n) bool, False where x is padding, which is then never a target. Without it every token is
-        one, whatever its value.
+        mask: (b, n) bool, False where x is never a target, as padding on the right. Without it every token
+        is one, whatever its value. It hides nothing: of padding on the left, `key_mask=mask[:, :-1]` does.
         inputs: passed to the net.
         """
         expect_tensor("x", x)
@@ -79,6 +79,7 @@ class AutoregressiveWrapper(nn.Module):
         net, window = self.net, self.max_seq_len
         if isinstance(net, LanguageModel):
             check_tokens(start_tokens, net.config["num_tokens"], net.token_emb.weight.device, "start_tokens")
+            check_eos_token(eos_token, net.config["num_tokens"])
         else:
             expect_tensor("start_tokens", start_tokens)
             if start_tokens.dim() != 2 or 0 in start_tokens.shape:
@@ -95,6 +96,8 @@ class AutoregressiveWrapper(nn.Module):
         expect_integer("stride", stride)
         if stride > latents:
             raise ValueError(f"stride: expected at most {latents}, what a window can predict, got {stride}")
+        if "key_mask" in inputs:
+            raise ValueError("key_mask: expected none, for the window moves; the net's own `generate` can")
         mask = None
         if prefix_mask is not None:
             mask = self._token_mask(prefix_mask, start_tokens)

@@ -184,8 +184,7 @@ class Context:
             self.mask = self.mask.repeat_interleave(times, dim=0)
         self.latents = [n for n in self.latents for _ in range(times)]
         if self.cache is not None:
-            with torch.inference_mode():
-                self.cache.repeat(times)
+            self.cache.repeat(times)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -300,11 +299,11 @@ def _prepare(
     check_tokens(prompt, num_tokens, device, "prompt")
     expect_integer("max_new_tokens", max_new_tokens, least=0)
     expect_integer("num_samples", num_samples)
-    expect_integer("pad_token", pad_token, least=-(2**63))
-    if eos_token is not None:
-        expect_integer("eos_token", eos_token, least=0)
-        if eos_token >= num_tokens:
-            raise ValueError(f"eos_token: expected a token below num_tokens={num_tokens}, got {eos_token}")
+    info = torch.iinfo(prompt.dtype)
+    expect_integer("pad_token", pad_token, least=info.min)
+    if pad_token > info.max:
+        raise ValueError(f"pad_token: expected a number of the prompt's {prompt.dtype}, got {pad_token}")
+    check_eos_token(eos_token, num_tokens)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
     if generator is not None and generator.device.type != device.type:
@@ -352,6 +351,15 @@ def _prepare(
     )
 
 
+def check_eos_token(eos_token: int | None, num_tokens: int) -> None:
+    """Refuses what no model of so many tokens ends a row with."""
+    if eos_token is None:
+        return
+    expect_integer("eos_token", eos_token, least=0)
+    if eos_token >= num_tokens:
+        raise ValueError(f"eos_token: expected a token below num_tokens={num_tokens}, got {eos_token}")
+
+
 def _check_prompt_mask(mask: Tensor, prompt: Tensor) -> None:
     expect_mask("prompt_mask", mask, tuple(prompt.shape))
     if mask.device != prompt.device:
@@ -394,7 +402,8 @@ def generate(
     prompt_mask: (b, t) bool, False where a row is padded on its left, True where it has begun.
     use_cache: False reads everything anew for every token, for the same result.
     compile: on a GPU, has `torch.compile` fuse the operations of a step: that takes tens of seconds and more
-    at the first call for a model, and makes every token faster from then on.
+    at the first call for a model, and makes every token faster from then on. Of fewer than 64 tokens, without
+    the cache, or with hooks on the model, steps go as they are.
     stride: Perceiver AR only, by how many tokens a full window moves on; what it then holds is read anew.
     None is half of its latents; 1 shows every token all that the window can hold.
     log_probs: returns also the log-probability of each token, under the model as it is (without temperature,

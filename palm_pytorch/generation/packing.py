@@ -183,10 +183,9 @@ def _packed(weights: list[Tensor], bias: Tensor | None) -> Call:
     multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def product(x: Tensor, *more: Tensor) -> Tensor:
-        if more:
-            x = torch.cat([x, *more], dim=-1)
         if x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
-            return F.linear(x, torch.cat(weights, dim=1), bias)
-        return multiply(x, weight, bias, "none", [], "")
+            out = F.linear(x, weights[0], bias)
+            return sum(map(F.linear, more, weights[1:]), start=out)
+        return multiply(torch.cat([x, *more], dim=-1) if more else x, weight, bias, "none", [], "")
 
     return product

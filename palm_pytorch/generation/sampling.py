@@ -74,13 +74,9 @@ class Sampling:
         if self.top_k is not None:
             expect_integer("top_k", self.top_k)
         if self.top_p is not None:
-            expect_number("top_p", self.top_p, above=0)
-            if self.top_p > 1:
-                raise ValueError(f"top_p: expected at most 1, got {self.top_p}")
+            expect_number("top_p", self.top_p, above=0, most=1)
         if self.min_p is not None:
-            expect_number("min_p", self.min_p, least=0)
-            if self.min_p > 1:
-                raise ValueError(f"min_p: expected at most 1, got {self.min_p}")
+            expect_number("min_p", self.min_p, least=0, most=1)
 
     def draw(
         self, logits: Tensor, *, seen: Tensor | None = None, generator: torch.Generator | None = None
@@ -110,9 +106,7 @@ def top_k_of_share(filter_thres: float, num_tokens: int) -> int:
     """How many tokens are left when that share of the vocabulary, the least likely, is never drawn: at least
     one.
     """
-    expect_number("filter_thres", filter_thres, least=0)
-    if filter_thres > 1:
-        raise ValueError(f"filter_thres: expected at most 1, got {filter_thres}")
+    expect_number("filter_thres", filter_thres, least=0, most=1)
     # 1 - 0.9 is a rounding error below 0.1: without the allowance 10 of 100 tokens would be 9.
     return max(1, int((1 - filter_thres) * num_tokens + 1e-6))
 

@@ -53,7 +53,8 @@ class LayerCache:
         while self.capacity < j:
             self.capacity *= 2
         shapes = [(*t.shape[:2], self.capacity, t.shape[3]) for t in new]
-        grown = tuple(t.new_empty(shape) for t, shape in zip(new, shapes, strict=True))
+        with torch.inference_mode(False):  # outside of which it may be used, too
+            grown = tuple(t.new_empty(shape) for t, shape in zip(new, shapes, strict=True))
         for there, here in zip(grown, self.stored, strict=False):
             there[:, :, : self.length] = here[:, :, : self.length]
         self.stored = grown
@@ -121,11 +122,12 @@ class KVCache:
         if self.mask is None:
             if key_mask is None:
                 return None
-            self.mask = key_mask.new_ones(b, self.length)
+            self.mask = key_mask[:, :0]
         j = self.length + n
         if self.mask.shape[1] < j:
             room = max(j, self.layers[0].capacity) - self.mask.shape[1]
-            self.mask = F.pad(self.mask, (0, room), value=True)
+            with torch.inference_mode(False):
+                self.mask = F.pad(self.mask, (0, room), value=True)
         self.mask[:, self.length : j] = True if key_mask is None else key_mask
         return self.mask[:, :j]
 
@@ -152,15 +154,16 @@ class KVCache:
     def clear(self) -> None:
         """Forgets all tokens and keeps the storage."""
         for layer in self:
-            layer.length = layer.appended = 0
-        self.mask = None
+            layer.length, layer.appended, layer.fade = 0, 0, None
+        self.mask = self.fading = None
 
     def repeat(self, times: int) -> None:
         """Every row `times` times, each beside its copies."""
-        for layer in self:
-            layer.stored = tuple(stored.repeat_interleave(times, dim=0) for stored in layer.stored)
-        if self.mask is not None:
-            self.mask = self.mask.repeat_interleave(times, dim=0)
+        with torch.inference_mode(False):
+            for layer in self:
+                layer.stored = tuple(stored.repeat_interleave(times, dim=0) for stored in layer.stored)
+            if self.mask is not None:
+                self.mask = self.mask.repeat_interleave(times, dim=0)
 
 
 def faded(factor: Tensor, ages: int) -> Tensor:

@@ -15,7 +15,7 @@ from palm_pytorch.ops import rms_norm
 
 
 class _Gain(nn.Module):
-    """weight: (c,), a learned factor for each feature, 1 at first."""
+    """weight: (c,), a learned factor for each feature."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -77,7 +77,14 @@ class ClampedRMSNorm(_Gain):
 
 
 class L2Norm(_Gain):
-    """Unit length with a learned gain, for queries and keys (Henry et al. 2020, arXiv 2010.04245)."""
+    """Unit length with a learned gain, for queries and keys (Henry et al. 2020, arXiv 2010.04245).
+
+    At first the gain is sqrt(d): scores of random directions, over sqrt(d) as attention has them, then have
+    variance 1. With a gain of 1 none would be above 1 / sqrt(d), and attention could hardly choose.
+    """
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, self.weight.numel() ** 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d), any floating dtype, which the result keeps."""

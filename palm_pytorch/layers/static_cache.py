@@ -45,7 +45,8 @@ class StaticCache(KVCache):
     Every step gives attention the whole room, and masks what is not taken yet. How many tokens there are is
     a number on the device; `length` stays as it was, and so does `cache`: `catch_up` after changes to that.
 
-    Raises ValueError where the cache is empty or full, and for steps of more than a token.
+    Raises ValueError where the cache is empty, or full from the start, and for steps of more than a token. To
+    count its steps is the caller's affair.
     """
 
     def __init__(self, cache: KVCache, room: int) -> None:

@@ -125,7 +125,7 @@ class LaMDA(LanguageModel):
         cache: KVCache | None = None,
     ) -> Tensor:
         check_inputs(document_ids, tokens, cache)
-        cache = cache or NO_CACHE
+        cache = NO_CACHE if cache is None else cache
         key_mask = cache.begin(key_mask, *tokens.shape)
         x = self.token_emb(tokens)
         for layer, past in zip(self.layers, cache.pasts(len(self.layers)), strict=True):

@@ -56,8 +56,9 @@ class LanguageModel(nn.Module):
 
         Kernels are normal with variance 1 / fan-in (PaLM, arXiv 2204.02311, section 5), so that a layer
         keeps the scale of its input; embeddings are normal with std `embedding_std`, by default 0.02 (GPT-2),
-        so that tied logits start near zero; gains are one, biases zero. PaLM's own embeddings have std 1, and
-        a `logit_scale` of dim^-0.5 does for its logits what the small std does here.
+        so that tied logits start near zero; gains are one (of `qk_norm`: see `L2Norm`), biases zero. PaLM's
+        own embeddings have std 1, and a `logit_scale` of dim^-0.5 does for its logits what the small std does
+        here.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -110,6 +111,8 @@ class LanguageModel(nn.Module):
         """
         check_tokens(tokens, self.config["num_tokens"], self.token_emb.weight.device)
         if labels is not None:
+            if last_only:
+                raise ValueError("last_only: expected False with labels, whose loss is of all positions")
             expect_tensor("labels", labels)
             if labels.shape != tokens.shape:
                 shapes = f"{tuple(tokens.shape)}, got {tuple(labels.shape)}"

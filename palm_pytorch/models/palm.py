@@ -119,7 +119,7 @@ class PaLM(LanguageModel):
         cache: KVCache | None = None,
     ) -> Tensor:
         check_inputs(document_ids, tokens, cache)
-        cache = cache or NO_CACHE
+        cache = NO_CACHE if cache is None else cache
         key_mask = cache.begin(key_mask, *tokens.shape)
         x = self.token_emb(tokens)
         rotary = self.rotary(cache.positions(tokens.shape[1], tokens.device), cache)

@@ -92,7 +92,7 @@ class PaLMLite(LanguageModel):
         cache: KVCache | None = None,
     ) -> Tensor:
         check_inputs(document_ids, tokens, cache)
-        cache = cache or NO_CACHE
+        cache = NO_CACHE if cache is None else cache
         key_mask = cache.begin(key_mask, *tokens.shape)
         x = self.token_emb(tokens)
         alibi = AlibiBias(alibi_slopes(self.config["heads"], tokens.device), cache.at)

@@ -148,7 +148,7 @@ class PerceiverAR(LanguageModel):
         cache: the first call with it brings the prefix, each further one the latents behind those it holds.
         """
         check_inputs(document_ids, tokens, cache)
-        cache = cache or NO_CACHE
+        cache, whole = (NO_CACHE, False) if cache is None else (cache, True)
         self._check(tokens, prefix_mask, cache, masked=key_mask is not None)
         (b, n), p = tokens.shape, 0 if cache.length else self.prefix_len
         padded = key_mask is not None or cache.mask is not None
@@ -165,7 +165,7 @@ class PerceiverAR(LanguageModel):
         prefix, x = prefix + self.pos_emb(at), x + self.pos_emb(latents_at)
         pasts = cache.pasts(len(self.perceive_layers) + len(self.layers))
         for layer, past in zip(self.perceive_layers, pasts[: len(self.perceive_layers)], strict=True):
-            kept, kept_at, (seen, ids) = self.drop_prefix(prefix, at, key_mask, document_ids)
+            kept, kept_at, (seen, ids) = self.drop_prefix(prefix, at, key_mask, document_ids, whole=whole)
             rows = torch.broadcast_shapes(kept_at.shape[:-1], latents_at.shape[:-1])
             every = torch.cat([kept_at.expand(*rows, -1), latents_at.expand(*rows, -1)], dim=-1)
             x = layer(x, kept, rotary=self.rotary(every), key_mask=seen, document_ids=ids, past=past)

@@ -121,9 +121,9 @@ def preset(name: str) -> dict[str, Any]:
     Raises ValueError for a name that is not known, listing those that are; TypeError for what is no string.
     """
     if not isinstance(name, str):
-        raise TypeError(f"name must be a string, not {name!r}")
+        raise TypeError(f"name: expected a string, got {name!r}")
     if name not in _PRESETS:
         close = get_close_matches(name, _PRESETS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"name is {name!r}, which is no preset; {hint}known are {', '.join(_PRESETS)}")
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"name: expected one of {', '.join(_PRESETS)}, got {name!r}{hint}")
     return dict(_PRESETS[name])

@@ -16,8 +16,8 @@ def expect_tensor(name: str, value: Any) -> None:
 
 def readable(tensor: Tensor) -> bool:
     """Whether values may be looked at: not on other devices than a CPU, which it stalls, nor in compiled
-    code, which it breaks up."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    code, which it breaks up, nor of a tensor that has none."""
+    return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
 
 
 def expect_floating(name: str, value: Any) -> None:
@@ -42,13 +42,20 @@ def expect_integer(name: str, value: Any, *, least: int = 1) -> None:
 
 
 def expect_number(
-    name: str, value: Any, *, least: float = -math.inf, above: float = -math.inf, below: float = math.inf
+    name: str,
+    value: Any,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    most: float = math.inf,
 ) -> None:
-    """A finite number, `least <= value`, `above < value < below`."""
+    """A finite number, `least <= value <= most` and `above < value < below`."""
     # A tuple, since the compiler of torch 2.9 does not follow `int | float`.
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not (least <= value and above < value < below):
-        bounds = {f"at least {least}": least, f"above {above}": above, f"below {below}": below}
+    if not (least <= value <= most and above < value < below):
+        bounds = {f"at least {least}": least, f"above {above}": above}
+        bounds |= {f"below {below}": below, f"at most {most}": most}
         words = [text for text, bound in bounds.items() if math.isfinite(bound)]
         raise ValueError(f"{name}: expected a finite number {' and '.join(words)}, got {value}")

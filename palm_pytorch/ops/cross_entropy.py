@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from palm_pytorch.ops.arguments import expect_floating, expect_integer, expect_number, expect_tensor, readable
+from palm_pytorch.ops.autocast import no_autocast, product_dtype
 from palm_pytorch.ops.derivatives import first_derivative_only
 
 # Logits held at a time: 64 MB in float32, plus as much for their gradient.
@@ -41,7 +42,7 @@ def linear_cross_entropy(
     labels: (...) integers in [0, v), or `ignore_index` where a position does not count.
     z_loss: weight of `logsumexp(logits)^2`, added to the loss of each position (PaLM, arXiv 2204.02311,
     section 5).
-    chunk_tokens: positions whose logits are held at a time; None keeps them under 64 MB.
+    chunk_tokens: positions whose logits are held at a time; None keeps them under 64 MB in float32.
 
     Products run in the autocast dtype where autocast is on, else in the dtype of hidden; softmax and sums
     in float32 or better. Where no label counts the loss is 0 and so are its gradients.
@@ -51,11 +52,11 @@ def linear_cross_entropy(
     _check(hidden, weight, labels, bias, ignore_index, z_loss, chunk_tokens)
     if chunk_tokens is None:
         chunk_tokens = max(1, MAX_LOGITS // weight.shape[0])
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     # Inside a Function gradients look wanted even where they are switched off.
-    settings = (ignore_index, z_loss, chunk_tokens, dtype, torch.is_grad_enabled())
-    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, bias, labels.flatten().long(), settings)
+    settings = (ignore_index, z_loss, chunk_tokens, product_dtype(hidden), torch.is_grad_enabled())
+    inputs = (hidden.flatten(0, -2), weight, bias, labels.flatten().long())
+    with no_autocast(hidden.device):  # which would cast anew what is computed in another dtype on purpose
+        return _LinearCrossEntropy.apply(*inputs, settings)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -87,7 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             label = labels[rows].where(counts[rows], 0)[:, None]
             count = counts[rows, None]
             log_z = logits.logsumexp(dim=-1, keepdim=True)
-            # What does not count may be no number.
+            # The loss of what does not count may be no number.
             loss = log_z - logits.gather(1, label) + z_loss * log_z**2
             total += loss.masked_fill(~count, 0).sum()
 

@@ -627,6 +627,7 @@ def test_help_tells_the_arguments() -> None:
         ({"eos_token": V}, ValueError, "eos_token: .*37"),
         ({"eos_token": -1}, ValueError, "eos_token: .*-1"),
         ({"pad_token": None}, TypeError, "pad_token: .*None"),
+        ({"pad_token": 2**63}, ValueError, "pad_token: .*int64.*9223372036854775808"),
         ({"generator": 5}, TypeError, "generator: .*int"),
         ({"prompt_mask": torch.ones(2, 3)}, TypeError, "prompt_mask: .*float32"),
         ({"prompt_mask": torch.ones(2, 4, dtype=torch.bool)}, ValueError, r"prompt_mask: .*\(2, 4\)"),

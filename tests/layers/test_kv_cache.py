@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from definitions import error
 
+from palm_pytorch import PaLM
 from palm_pytorch.layers.kv_cache import KVCache, LayerCache
 
 
@@ -132,3 +134,26 @@ def test_gradients_and_other_rows_are_refused() -> None:
             cache.begin(None, 3, 1)
         with pytest.raises(ValueError, match=r"key_mask: .*\(2, 1\)"):
             cache.begin(torch.ones(2, 2, dtype=torch.bool), 2, 1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_is_stored_in_inference_mode_is_gone_on_with_outside(masked: bool) -> None:
+    net, tokens = PaLM(num_tokens=9, dim=16, depth=1, heads=2, dim_head=8).eval(), torch.randint(9, (2, 7))
+    mask = torch.arange(7).expand(2, -1) >= torch.tensor([[0], [3]]) if masked else None
+    cache = net.new_cache(2)
+    with torch.inference_mode():
+        net(tokens[:, :5], cache=cache, key_mask=None if mask is None else mask[:, :5])
+        cache.repeat(1)
+    with torch.no_grad():
+        found = net(tokens[:, 5:], cache=cache)
+        assert error(found, net(tokens, key_mask=mask)[:, 5:]) <= 1e-6
+
+
+@torch.no_grad()
+def test_cleared_it_serves_a_model_whose_keys_do_not_fade() -> None:
+    shape = {"num_tokens": 9, "dim": 16, "depth": 1, "heads": 2, "dim_head": 8}
+    fading, lasting = PaLM(**shape, xpos=True), PaLM(**shape)
+    tokens, cache = torch.randint(9, (2, 7)), fading.new_cache()
+    fading(tokens, cache=cache)
+    cache.clear()
+    assert torch.equal(lasting(tokens, cache=cache), lasting(tokens, cache=lasting.new_cache()))

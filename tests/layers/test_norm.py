@@ -109,10 +109,19 @@ def test_zeros_stay_zeros(norm: Norm, formula: Formula) -> None:
 def test_one_gain_and_no_bias(norm: Norm, formula: Formula) -> None:
     module = norm(C)
     assert {name: tuple(t.shape) for name, t in module.state_dict().items()} == {"weight": (C,)}
-    assert (module.weight == 1).all()
+    first = C**0.5 if norm is L2Norm else 1.0
+    assert (module.weight == first).all()
     nn.init.zeros_(module.weight)
     module.reset_parameters()
-    assert (module.weight == 1).all()
+    assert (module.weight == first).all()
+
+
+@pytest.mark.parametrize("d", [16, 64, 80])
+@torch.no_grad()
+def test_scores_of_normed_queries_and_keys_tell_keys_apart_at_first(d: int) -> None:
+    """With gains of 1 all were within 1 / sqrt(d) of zero: a model that copies did not learn to."""
+    q, k = L2Norm(d)(torch.randn(200, d)), L2Norm(d)(torch.randn(300, d))
+    assert (q @ k.T * d**-0.5).std().item() == pytest.approx(1, rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

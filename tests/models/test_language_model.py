@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from definitions import error
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from palm_pytorch import LaMDA, PaLM, PaLMLite, PerceiverAR
@@ -254,8 +255,24 @@ def test_it_runs_on_meta(kind: Kind) -> None:
     """For shapes without work."""
     with torch.device("meta"):
         net = build(kind)
-        logits = net(torch.zeros(2, 30, dtype=torch.long))
+        tokens = torch.zeros(2, 30, dtype=torch.long)
+        logits = net(tokens)
+        net(tokens, labels=tokens).backward()
     assert logits.is_meta and logits.shape == (2, 30 - first_prediction(kind), V)
+    assert all(p.grad is not None and p.grad.is_meta for p in net.parameters())
+
+
+@models
+def test_it_runs_on_fake_tensors(kind: Kind) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        loss = build(kind)(torch.zeros(2, 30, dtype=torch.long), labels=torch.zeros(2, 30, dtype=torch.long))
+    assert loss.shape == ()
+
+
+@models
+def test_a_loss_of_the_last_position_alone_is_refused(kind: Kind) -> None:
+    with pytest.raises(ValueError, match=r"last_only: .*labels"):
+        build(kind)(random_tokens(), labels=random_tokens(), last_only=True)
 
 
 # Saving

@@ -176,6 +176,19 @@ def test_nothing_is_left_out_in_evaluation_or_where_the_share_rounds_to_none() -
     assert error(net(tokens), definition(dict(net.named_parameters()), tokens, net.config)) <= 1e-6
 
 
+def test_a_cache_holds_the_whole_prefix_in_training_too() -> None:
+    """Later latents were given the positions of those that dropout had left out."""
+    net = model(cross_attn_dropout=0.5).train()
+    cache, tokens = net.new_cache(), torch.randint(V, (2, P + 3))
+    with torch.no_grad():
+        net(tokens, cache=cache)
+        assert cache.length == P + 3
+        net.eval()
+        found = net(tokens[:, -1:], cache=cache)
+        wanted = net(torch.cat([tokens, tokens[:, -1:]], dim=1))[:, -1:]
+    assert error(found, wanted) <= 1e-12
+
+
 def test_gradients_flow_through_a_partial_prefix() -> None:
     net = model(cross_attn_dropout=0.5, perceive_depth=2)
     net(torch.randint(V, (2, 37)), labels=torch.randint(V, (2, 37))).backward()

@@ -98,7 +98,8 @@ class Problem:
         torch.manual_seed(1)
         b, h, g, i, j, d = case.size
         (q, grad), (k, v) = projected(b, i, [h, h], d), projected(b, j, [g, g], d)
-        slopes = 2.0 ** -torch.arange(1, h + 1) if case.bias == "alibi" else None
+        exponents = torch.arange(1, 2 * h, 2, dtype=torch.promote_types(dtype, torch.float32))
+        slopes = 1.3**-exponents if case.bias == "alibi" else None
         buckets = T5.get(case.bias or "", (32, 0, 0))[0]
         table = torch.randn(buckets, h, dtype=torch.float64)
         options: dict[str, Any] = {"causal": case.causal, "scale": case.scale}

@@ -83,6 +83,27 @@ def test_half_precision_errs_at_most_twice_as_much_as_the_reference(
 
 
 @pytest.mark.parametrize("bias", [None, "alibi", "t5"])
+def test_a_mask_that_changes_before_backward_is_noticed(bias: str | None, monkeypatch: Any) -> None:
+    monkeypatch.setattr(blockwise_module, "MAX_KEPT", 0)
+    case = Case((2, 3, 1, 17, 17, 16), bias=bias, mask="keys")
+    problem = Problem.of(case, torch.float32)
+    out = attention(problem.q, problem.k, problem.v, bias=problem.bias(case), **problem.options)
+    problem.options["key_mask"].logical_not_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@backends
+def test_mixed_dtypes_are_cast_under_autocast(backend: str) -> None:
+    q, k, v = torch.randn(3, 1, 2, 5, 16)
+    wanted = attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), backend=backend)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attention(q, k, v.bfloat16(), backend=backend), wanted)
+    with pytest.raises(TypeError, match="v: expected the dtype of q"):
+        attention(q, k, v.bfloat16(), backend=backend)
+
+
+@pytest.mark.parametrize("bias", [None, "alibi", "t5"])
 def test_auto_is_one_of_the_backends(bias: str | None) -> None:
     case = Case((2, 3, 1, 33, 33, 16), bias=bias)
     named = [Problem.of(case, torch.float32).solve(case, backend) for backend in ANYWHERE]

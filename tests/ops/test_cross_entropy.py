@@ -233,6 +233,24 @@ def test_autocast(backward_inside: bool) -> None:
         assert error(tensor.grad, g) <= 2e-2
 
 
+def test_autocast_to_float16_keeps_sums_in_float32() -> None:
+    """They were cast to float16 again, where 65,536 positions of one label end at infinity."""
+    hidden = torch.full((1 << 16, 1), 4.0)
+    weight = torch.zeros(3, 1, requires_grad=True)
+    with torch.autocast("cpu", torch.float16):
+        linear_cross_entropy(hidden, weight, torch.zeros(1 << 16, dtype=torch.long)).backward()
+    assert weight.grad is not None
+    assert weight.grad.flatten().tolist() == pytest.approx([-8 / 3, 4 / 3, 4 / 3], rel=1e-3)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    hidden, weight, bias = inputs(dtype=torch.float64)
+    labels = labels_with(-100)
+    wanted = linear_cross_entropy(hidden, weight, labels, bias=bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear_cross_entropy(hidden, weight, labels, bias=bias), wanted)
+
+
 def test_backward_inside_autocast_after_a_forward_outside() -> None:
     hidden, weight, _ = inputs(dtype=torch.float32)
     labels = labels_with(-100)

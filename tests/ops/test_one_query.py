@@ -114,6 +114,26 @@ def measured_from(at: int, kind: str, backend: str, dtype: torch.dtype, device: 
     return [attention(q, k, v, bias=bias, key_mask=mask, backend=backend).cpu(), wanted]
 
 
+@pytest.mark.parametrize(
+    "more", [{}, {"dropout_p": 0.5}, {"document_ids": torch.zeros(1, 9, dtype=torch.long)}, {"grad": True}]
+)
+@pytest.mark.parametrize("i", [1, 3])
+def test_what_measures_from_elsewhere_is_always_served(i: int, more: dict[str, Any]) -> None:
+    """By "sdpa", where the default of the device cannot."""
+    q, k, bias = (
+        torch.randn(1, 2, i, 16),
+        torch.randn(1, 1, 9, 16),
+        AlibiBias(torch.ones(2), torch.tensor([8])),
+    )
+    options = {name: value for name, value in more.items() if name != "grad"}
+    found = []
+    for backend in ("auto", "sdpa"):
+        torch.manual_seed(0)
+        with torch.set_grad_enabled("grad" in more):
+            found.append(attention(q, k, k, bias=bias, **options, backend=backend))
+    assert error(*found) <= 1e-6
+
+
 @pytest.mark.parametrize("backend", ["flex", "triton", "blockwise"])
 def test_backends_that_measure_from_the_end_refuse(backend: str) -> None:
     """Blockwise does so where gradients are wanted."""

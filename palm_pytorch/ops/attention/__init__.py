@@ -11,18 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.amp import is_autocast_available
 
 from palm_pytorch.ops.arguments import expect_floating, expect_mask, expect_number, expect_tensor
 from palm_pytorch.ops.attention.bias import AlibiBias, Bias, RelativeBias
 from palm_pytorch.ops.attention.blockwise import blockwise
 from palm_pytorch.ops.attention.reference import reference
 from palm_pytorch.ops.attention.torch_backends import flex, sdpa
+from palm_pytorch.ops.autocast import product_dtype
 
 __all__ = ["BACKENDS", "AlibiBias", "RelativeBias", "attention"]
 
-# Asked once: some releases' compilers cannot follow the question.
-AUTOCASTING = {device for device in ("cpu", "cuda", "mps", "xpu") if is_autocast_available(device)}
 TRITON_INSTALLED = find_spec("triton") is not None
 
 
@@ -82,15 +80,13 @@ def attention(
     """
     _check(q, k, v, bias, key_mask, document_ids, dropout_p, scale)
     check_backend(backend)
-    device = q.device.type
-    # As for a matrix product, which leaves float64 alone.
-    if device in AUTOCASTING and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = (t.to(product_dtype(t)) for t in (q, k, v))
     if backend == "auto":
         backend = _fastest(q)
-        if backend == "triton" and bias is not None and bias.at is not None and torch.is_grad_enabled():
-            backend = "sdpa"
+        if bias is not None and bias.at is not None:
+            single = q.shape[2] == 1 and dropout_p == 0 and document_ids is None
+            if torch.is_grad_enabled() or (backend == "blockwise" and not single):
+                backend = "sdpa"
     return BACKENDS[backend](
         q,
         k,
@@ -151,7 +147,7 @@ def _check(
     if h % g:
         raise ValueError(f"k: expected a number of heads that divides the {h} of q, got {g}")
     for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != q.dtype:
+        if product_dtype(tensor) != product_dtype(q):
             raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {tensor.dtype}")
     named = {"k": k, "v": v, "key_mask": key_mask, "document_ids": document_ids}
     if bias is not None:

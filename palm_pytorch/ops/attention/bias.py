@@ -50,8 +50,9 @@ class RelativeBias:
     Adds `scale * table[bucket(distance), head]`; a key after the query counts as distance 0.
     table: (buckets, h), gets its gradient. max_distance: from here on every distance shares the last bucket.
     at: (1,) integer, which key the last query is at, where that is not the last of them: a key mask has to
-    hide those behind it then. On the device, so that the host need not know. For "reference" and "sdpa", and
-    for "blockwise" and "triton" without gradients.
+    hide those behind it then. On the device, so that the host need not know. For "reference" and "sdpa",
+    without gradients for "triton", and for "blockwise" where there is a single query, too, and neither
+    dropout nor documents.
     """
 
     table: Tensor
@@ -69,6 +70,11 @@ class RelativeBias:
     def per_head(self) -> Tensor:
         return self.table.T
 
+    @property
+    def wide(self) -> Tensor:
+        """The table, in float32 or better."""
+        return self.table.to(torch.promote_types(self.table.dtype, torch.float32))
+
     def buckets(self, distance: Tensor) -> Tensor:
         """Bucket of each distance (any shape, integer), in [0, buckets)."""
         starts = _starts_on(distance.device, self.table.shape[0], self.max_distance)
@@ -80,7 +86,7 @@ class RelativeBias:
         keys have in common, so this is all that attention needs to know.
         """
         reach = min(bucket_starts(self.table.shape[0], self.max_distance)[-1], j_len)
-        table = self.table.to(torch.promote_types(self.table.dtype, torch.float32))
+        table = self.wide
         near = table[self.buckets(torch.arange(reach, device=table.device))]
         return ((near - table[-1]) * self.scale).T
 
@@ -88,12 +94,11 @@ class RelativeBias:
         """`values` in float32 or better, as windows on those of all distances: the gradient of a look-up for
         each score, instead of each distance, takes seconds on a GPU."""
         distance = torch.arange(1 - i_len, j_len, device=self.table.device)
-        table = self.table.to(torch.promote_types(self.table.dtype, torch.float32))
-        by_distance = (table[self.buckets(distance)] * self.scale).T
+        by_distance = (self.wide[self.buckets(distance)] * self.scale).T
         return by_distance.unfold(1, j_len, 1).flip(-1)
 
     def values(self, i_len: int, j_len: int) -> Tensor:
-        """The bias as a tensor (h, i, j), differentiable in `table`: the plain definition."""
+        """The bias as a tensor (h, i, j), differentiable in `table`: the plain definition, in its dtype."""
         buckets = self.buckets(key_distance(i_len, j_len, self.table.device, self.at))
         return self.table[buckets].permute(2, 0, 1) * self.scale
 

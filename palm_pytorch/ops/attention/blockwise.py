@@ -54,20 +54,23 @@ def blockwise(
     """Every argument of the contract in memory linear in the sequence, forward and backward, on any
     device.
     """
-    alone = q.shape[2] == 1 and dropout_p == 0 and document_ids is None
+    single = q.shape[2] == 1 and dropout_p == 0 and document_ids is None and not torch.is_grad_enabled()
     at = None if bias is None else bias.at
-    if alone and not torch.is_grad_enabled() and (q.device.type == "cpu" or at is not None):
+    if single and (q.device.type == "cpu" or at is not None):
         return _one_query(q, k, v, bias, key_mask, scale)
     if at is not None:
-        raise ValueError("backend 'blockwise': bias: expected `at` to be None with gradients; 'sdpa' can")
+        raise ValueError(
+            "backend 'blockwise': bias: expected `at` to be None, but for a single query without dropout, "
+            "document_ids and gradients; 'sdpa' can"
+        )
     seed = int(torch.randint(1 << 62, ())) if dropout_p > 0 else 0
     per_head = None if bias is None else bias.per_head
     # Inside a Function gradients look wanted even where they are switched off.
     keep = torch.is_grad_enabled() and q.numel() // q.shape[-1] * k.shape[2] <= MAX_KEPT
     if v is k:  # compiled code knows each argument of a Function once
         v = v.view_as(v)
-    call = _Call(causal, bias, key_mask, document_ids, dropout_p, seed, scale, keep)
-    return _apply(q, k, v, per_head, call)
+    call = _Call(causal, bias, dropout_p, seed, scale, keep)
+    return _apply(q, k, v, per_head, key_mask, document_ids, call)
 
 
 def _one_query(
@@ -118,8 +121,6 @@ def _last_row(bias: Bias, j_len: int) -> Tensor:
 class _Call(NamedTuple):
     causal: bool
     bias: Bias | None
-    key_mask: Tensor | None
-    document_ids: Tensor | None
     dropout_p: float
     seed: int
     scale: float
@@ -140,10 +141,19 @@ class _Block(NamedTuple):
 
 class _Blockwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, per_head: Tensor | None, call: _Call) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        per_head: Tensor | None,
+        key_mask: Tensor | None,
+        document_ids: Tensor | None,
+        call: _Call,
+    ) -> Tensor:
         ctx.call = call
         g = k.shape[1]
-        scores = _Scores(q, k, per_head, call)
+        scores = _Scores(q, k, per_head, key_mask, document_ids, call)
         values = rearrange(v, "b g j d -> (b g) j d").contiguous()
         out = torch.zeros_like(scores.q)
         kept: list[Tensor] = []
@@ -154,7 +164,7 @@ class _Blockwise(torch.autograd.Function):
             weights = scores.dropped(block, weights).flatten(1, 2)
             rows = out[block.t, block.queries]
             rows.copy_(_product(weights, values[block.t, : block.seen]).view_as(rows))
-        ctx.save_for_backward(q, k, v, per_head, *kept)
+        ctx.save_for_backward(q, k, v, per_head, key_mask, document_ids, *kept)
         return rearrange(out, "(b g) i r d -> b (g r) i d", g=g)
 
     @staticmethod
@@ -166,10 +176,10 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, per_head, *kept = ctx.saved_tensors
+        q, k, v, per_head, key_mask, document_ids, *kept = ctx.saved_tensors
         call: _Call = ctx.call
         g = k.shape[1]
-        scores = _Scores(q, k, per_head, call)
+        scores = _Scores(q, k, per_head, key_mask, document_ids, call)
         keys, values = scores.k, rearrange(v, "b g j d -> (b g) j d").contiguous()
         grad_out = _queries_of(grad_out, g)
         dq = torch.zeros_like(scores.q)
@@ -198,7 +208,7 @@ class _Blockwise(torch.autograd.Function):
             rearrange(dk.mul_(call.scale), "(b g) j d -> b g j d", g=g).to(k.dtype),
             rearrange(dv, "(b g) j d -> b g j d", g=g).to(v.dtype),
             None if scores.band is None else scores.band.per_head_grad(g),
-            None,
+            *(None, None, None),
         )
 
 
@@ -230,8 +240,16 @@ class _Scores:
     look.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, per_head: Tensor | None, call: _Call) -> None:
-        self.call = call
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        per_head: Tensor | None,
+        key_mask: Tensor | None,
+        document_ids: Tensor | None,
+        call: _Call,
+    ) -> None:
+        self.key_mask, self.document_ids, self.call = key_mask, document_ids, call
         self.g = k.shape[1]
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.q, self.k = _queries_of(q, self.g), rearrange(k, "b g j d -> (b g) j d").contiguous()
@@ -286,7 +304,7 @@ class _Scores:
             scores.addcmul_(self.slopes[block.t, None, :, None], distance[:, None], value=-1)
         if self.band is not None:
             self.band.add_to(scores, block)
-        if call.key_mask is None and call.document_ids is None:
+        if self.key_mask is None and self.document_ids is None:
             return scores.softmax(dim=-1).to(q.dtype)
         scores.masked_fill_(self._masked(block), float("-inf"))
         blind = scores.amax(dim=-1, keepdim=True) == float("-inf")
@@ -296,10 +314,10 @@ class _Scores:
         """The keys that key mask and documents take away, (t, rows or 1, 1, seen)."""
         batch = self._arange(0, self.t_len)[block.t] // self.g
         masked = torch.zeros((), dtype=torch.bool, device=self.q.device)
-        if self.call.key_mask is not None:
-            masked = masked | ~self.call.key_mask[batch, None, : block.seen]
-        if self.call.document_ids is not None:
-            ids = self.call.document_ids[batch]
+        if self.key_mask is not None:
+            masked = masked | ~self.key_mask[batch, None, : block.seen]
+        if self.document_ids is not None:
+            ids = self.document_ids[batch]
             own = ids[:, self.j_len - self.i_len :][:, block.queries]
             masked = masked | (own[..., None] != ids[:, None, : block.seen])
         return masked[:, :, None]

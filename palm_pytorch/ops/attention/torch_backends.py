@@ -66,8 +66,11 @@ def sdpa(
                 values = bias.windows(i_len, j_len)
             else:
                 values = bias.values(i_len, j_len)
-            values = values.to(q.dtype)[None]
-            mask = values if mask is None else values.masked_fill(~mask, float("-inf"))
+            values = values[None] if mask is None else values.masked_fill(~mask, float("-inf"))
+            if values.dtype.itemsize > q.dtype.itemsize:
+                # Softmax ignores what a row has in common, and rounding is finest near zero.
+                values = values - values.detach().amax(dim=-1, keepdim=True)
+            mask = values.to(q.dtype)
 
     if k.shape[1] == 1:
         k, v = (t.expand(-1, q.shape[1], -1, -1) for t in (k, v))
