@@ -18,7 +18,7 @@ import torch
 from palm_pytorch import __version__
 from palm_pytorch.checkpoints.convert import convert
 from palm_pytorch.data.shards import read_manifest, verify
-from palm_pytorch.data.tokenizer import InvalidBytes
+from palm_pytorch.data.tokenizer import ByteTokenizer, InvalidBytes, expect_tokenizer, stored_tokenizer
 from palm_pytorch.training.chatting import ChatOptions, chat
 from palm_pytorch.training.config import TrainConfig
 from palm_pytorch.training.evaluation import EvaluateOptions, evaluate_model
@@ -46,10 +46,15 @@ def train_command(**given: Any) -> int:
         run = prepare(**given)
     except REFUSALS as error:
         return fail(error)
+    except RuntimeError as error:
+        return fail(memory_error(error))
     try:
         outcome = train(run)
     except (FloatingPointError, OSError) as error:
         return fail(error, TRAINING_FAILED)
+    except RuntimeError as error:
+        clear_frames(error.__traceback__)
+        return fail(memory_error(error), TRAINING_FAILED)
     except BaseException as error:
         clear_frames(error.__traceback__)  # which hold the model, see Run.close
         raise
@@ -82,6 +87,7 @@ def verify_data_command(folder: str) -> None:
     """Check every file of prepared data."""
     manifest = read_manifest(Path(folder))
     verify(Path(folder), manifest)
+    expect_tokenizer(stored_tokenizer(folder) or ByteTokenizer(), manifest.tokenizer, folder)
     print(f"{folder}: {manifest}; all files are whole")
 
 
@@ -174,6 +180,14 @@ def fail(error: Exception, status: int = 2) -> int:
     rank = f"rank {os.environ.get('RANK', '?')}: " if several else ""
     print(f"{rank}palm: error: {error}", file=sys.stderr)
     return status
+
+
+def memory_error(error: RuntimeError) -> MemoryError:
+    """What torch raises where memory ran out, in words; raises what it raises for other reasons."""
+    reason = str(error).partition("\n")[0]
+    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in reason:
+        raise error
+    return MemoryError(f"{reason}: expected a smaller model, batch_size or seq_len")
 
 
 def add_command(

@@ -123,6 +123,33 @@ def test_bad_input_is_one_line_and_status_2(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_that_does_not_fit_into_memory_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("the quick brown fox " * 1000)
+    flags = f"--data {tmp_path / 'text.txt'} --out {tmp_path / 'run'} --dim 30000000 --device cpu"
+    assert main(["train", *flags.split()]) == 2
+    told = capsys.readouterr().err
+    assert "palm: error: " in told and "can't allocate memory" in told and "expected a smaller model" in told
+    with pytest.raises(RuntimeError, match="another reason"):
+        cli.memory_error(RuntimeError("another reason"))
+
+
+def test_verified_data_have_their_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sentencepiece")
+    text, tokenizer, folder = (str(tmp_path / name) for name in ("a.txt", "a.model", "prepared"))
+    Path(text).write_text("".join(f"{number} brown foxes and {number**2} dogs\n" for number in range(900)))
+    assert main(["tokenizer", "train", text, "--vocab-size", "300", "--out", tokenizer]) == 0
+    assert main(["data", "prepare", text, folder, "--tokenizer", tokenizer, "--workers", "1"]) == 0
+    assert main(["data", "verify", folder]) == 0
+    stored = Path(folder) / "tokenizer.model"
+    stored.write_bytes(stored.read_bytes() + b"damage")
+    capsys.readouterr()
+    assert main(["data", "verify", folder]) == 2 and "tokenizer.model: cannot be" in capsys.readouterr().err
+    stored.unlink()
+    assert main(["data", "verify", folder]) == 2 and "tokenizer is bytes" in capsys.readouterr().err
+
+
 def test_of_several_processes_each_says_what_ended_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

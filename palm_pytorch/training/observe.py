@@ -27,6 +27,7 @@ from palm_pytorch.training.meter import Meter
 from palm_pytorch.training.plot import plot_metrics
 from palm_pytorch.training.run import Run
 from palm_pytorch.training.state import seed_streams
+from palm_pytorch.training.writing import visible
 
 SAMPLE_CHUNK = 32  # tokens drawn between two looks at whether to stop
 
@@ -118,9 +119,8 @@ def write_sample(run: Run, stop: StopRequest) -> str:
 
 
 def quoted(text: str) -> str:
-    """Indented text. An untrained model writes control characters, which a terminal would obey."""
-    shown = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return textwrap.indent(shown, "| ", lambda line: True)
+    """Indented text."""
+    return textwrap.indent(visible(text), "| ", lambda line: True)
 
 
 def progress_bar(run: Run) -> Any:
@@ -138,7 +138,7 @@ def report(run: Run, test_bits: float | None) -> str:
         rows = read_metrics(run.metrics_file)
         plot_metrics({f"{run.config.model} on {run.data.name}": rows}, plot)
         drawn = str(plot)
-    except ModuleNotFoundError as error:
+    except Exception as error:  # what was trained is not lost for want of a picture
         drawn = f"not drawn: {error}"
     if test_bits is None:
         ending = f"resume  {run.resume_command()}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +33,7 @@ class PlotOptions:
     x: Literal["tokens", "steps", "seconds"] = option("picture", "what curves run over", default="tokens")
 
     def __post_init__(self) -> None:
-        check_options(type(self), {spec.name: getattr(self, spec.name) for spec in fields(self)})
+        check_options(type(self), vars(self))
 
 
 def plot_runs(folders: Sequence[str], options: PlotOptions) -> Path:
@@ -111,6 +111,9 @@ def plot_metrics(runs: Mapping[str, Sequence[Row]], path: Path, *, x: str = "tok
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     try:
         for number, (label, rows) in enumerate(runs.items()):
+            # To matplotlib a $ begins a formula, and a label with _ in front is not to be shown.
+            label = label.replace("$", r"\$")
+            label = f" {label}" if label.startswith("_") else label
             colors = [f"C{number}"] * 3 if len(runs) > 1 else ["C0", "C1", "C2"]
             train, valid, test = (curve(rows, split, x) for split in ("train", "valid", "test"))
             scores = {name: points for name, points in (("valid", valid), ("test", test)) if points.size}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -18,10 +19,12 @@ from palm_pytorch.data.batch import Dataset
 from palm_pytorch.data.dialog_dataset import DialogDataset
 from palm_pytorch.data.opening import open_dataset
 from palm_pytorch.data.tokenizer import Tokenizer, load_tokenizer, stored_tokenizer
+from palm_pytorch.models.language_model import LanguageModel
 from palm_pytorch.training.architecture import build_model, check_attention
 from palm_pytorch.training.checkpoint import Source, check_same_data, check_same_model, read_about
 from palm_pytorch.training.config import TrainConfig
 from palm_pytorch.training.distributed import Parallel, start
+from palm_pytorch.training.evaluate import count_labels
 from palm_pytorch.training.initial_weights import InitialWeights
 from palm_pytorch.training.logging import Row, Sink, read_metrics
 from palm_pytorch.training.machine import keep_freed_memory, select_device, select_precision
@@ -91,7 +94,10 @@ class Run:
         """The command line that goes on with this run, in the way that it was started."""
         script = Path(sys.argv[0])
         command = [sys.executable, str(script)] if script.suffix == ".py" else ["palm", "train"]
-        return shlex.join([*command, "--resume", self.config.out])
+        resume = shlex.join(["--resume", self.config.out])
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # which does not tell how it was called
+            return f"torchrun ... {script} {resume} --parallel {self.parallel.kind}"
+        return f"{shlex.join(command)} {resume}"
 
     def say(self, text: str) -> None:
         """Print, once for all processes."""
@@ -119,8 +125,11 @@ def prepare(**given: Any) -> Run:
             folder is not what it must be, another process is training in the folder, or Weights & Biases
             does not let this user in.
     """
-    if given.get("init") and given.get("resume"):
-        raise ValueError(f"init is {given['init']!r} and resume {given['resume']!r}; expected one of them")
+    if given.get("init") and given.get("resume") and not (given["resume"] == "auto" and given.get("out")):
+        raise ValueError(
+            f"init is {given['init']!r} and resume {given['resume']!r}; expected one of them, or resume "
+            "'auto' and out, to start from init where out has no checkpoint yet"
+        )
     given = restarted(given)
     source = Source.find(given["resume"], given.get("out")) if given.get("resume") else None
     restart = bool(given.get("resume")) and source is None
@@ -137,6 +146,8 @@ def prepare(**given: Any) -> Run:
         check_same_model(saved, given)
         tokenizer = stored_tokenizer(source.run)
         kept = {name: value for name, value in saved.items() if name not in OF_ONE_START}
+        if "lr" in given and kept.get("min_lr") == kept["lr"] / 10:  # which was worked out, and is anew
+            del kept["min_lr"]
         config = TrainConfig.for_machine(**{**kept, "out": str(source.run), **keep_precision(given, saved)})
     if given.get("tokenizer") is not None:
         tokenizer = load_tokenizer(given["tokenizer"])
@@ -170,9 +181,10 @@ def keep_precision(given: dict[str, Any], saved: Mapping[str, Any]) -> dict[str,
 def stored_config(run: Path) -> dict[str, Any]:
     """The options that the run in a folder was last started with; none where the folder does not tell."""
     try:
-        return dict(json.loads((run / "config.json").read_text(encoding="utf-8")))
+        options = dict(json.loads((run / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
+    return options if "model" in options else {}
 
 
 def read_config(source: Source) -> dict[str, Any]:
@@ -237,6 +249,7 @@ def build_run(
     with torch.device("meta"):
         model = build_model(config, data.num_tokens)
     check_attention(model, config.dropout, parallel.device)
+    check_labels(model, data, config)
     network = parallelize(model, config, parallel)
     if weights is not None:
         weights.put_into(model)
@@ -291,6 +304,16 @@ def read_data(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Datase
         data_split=config.data_split,
         verify_all=config.verify_data,
     )
+
+
+def check_labels(model: LanguageModel, data: Dataset, config: TrainConfig) -> None:
+    """Raise a ValueError if a model with a prefix is given data that have nothing to predict behind it."""
+    batches = data.held_out("valid").batches(config.seq_len, config.batch_size, config.eval_windows)
+    if not any(count_labels(model, batch) for batch in batches):
+        raise ValueError(
+            f"cross_attn_seq_len is {config.cross_attn_seq_len}; expected less, since the held-out sequences "
+            f"of {data.name} have nothing to predict behind it"
+        )
 
 
 def describe(data: Dataset) -> dict[str, Any]:

@@ -9,11 +9,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from palm_pytorch.data.tokenizer import TOKENIZER_FILES
 from palm_pytorch.training.checkpoint import Source, complete_checkpoints
 from palm_pytorch.training.manifest import sync
 
 LOCK = ".lock"
-WRITTEN = ("config.json", "metrics.jsonl", "checkpoints", "samples", "model")  # by a run, and not to be lost
+# By a run, or instead of others' files of these names.
+WRITTEN = (
+    *("config.json", "metrics.jsonl", "checkpoints", "samples", "model", "loss.png"),
+    *("tensorboard", "wandb", *TOKENIZER_FILES.values()),
+)
 DAMAGED = "damaged-"
 
 
@@ -86,8 +91,8 @@ def check_folder(folder: Path, source: Source | None, *, restart: bool) -> None:
     begun = "config.json" in held and "model" not in held and not complete_checkpoints(folder)
     if held and not (restart and begun):
         raise FileExistsError(
-            f"out is {folder}, which holds a run already; expected a new folder, or --resume to continue it "
-            f"(there is {', '.join(held)})"
+            f"out is {folder}, which holds what a run writes; expected a new folder, or --resume to continue "
+            f"it (there is {', '.join(held)})"
         )
 
 

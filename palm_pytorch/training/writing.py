@@ -59,9 +59,10 @@ def prompts(options: GenerateOptions) -> Iterator[str]:
         return
     found = False
     with fileinput.FileInput(options.prompt_file, encoding="utf-8", errors="surrogateescape") as lines:
-        for line in filter(None, map(str.rstrip, lines)):
-            found = True
-            yield line
+        for line in lines:
+            if line.strip():
+                found = True
+                yield line.rstrip("\r\n")
     if not found:
         raise ValueError(f"prompt_file is {options.prompt_file!r}, without text; expected prompts in lines")
 
@@ -74,7 +75,9 @@ def write(options: GenerateOptions) -> None:
         sampling["eos_token"] = tokenizer.eos_token
     tokens, seconds = 0, 0.0
     for text in prompts(options):
-        prompt = torch.tensor([tokenizer.encode(text).tolist()], device=trained.device)
+        prompt = torch.tensor([tokenizer.encode(text).tolist()], dtype=torch.long, device=trained.device)
+        if prompt.numel() == 0:
+            raise ValueError(f"prompt is {text!r}, in which {tokenizer} finds no token; expected some text")
         if isinstance(tokenizer, IntegerTokenizer):  # whose numbers go on after a space
             text = f"{text.rstrip()} "
         stream = trained.model.stream(prompt, pad_token=-1, **sampling)

@@ -113,13 +113,30 @@ def test_from_a_file_of_an_older_project(free: dict[str, Any], tmp_path: Path) -
         prepare(**{**free, **data, "out": free["out"] + "-2"}, init=str(tmp_path / "older.pt"))
 
 
+def test_init_and_resume_together_begin_once(free: dict[str, Any], tmp_path: Path) -> None:
+    """As a job that a scheduler may start again is given both."""
+    PaLM(**SHAPE).save_pretrained(tmp_path / "saved")
+    given = {**free, "seq_len": 16, "init": str(tmp_path / "saved"), "resume": "auto"}
+    run = prepare(**given)
+    assert torch.equal(
+        run.state.model.token_emb.weight, PaLM.from_pretrained(tmp_path / "saved").token_emb.weight
+    )
+    run.state.step = 1
+    torch.nn.init.ones_(run.state.model.token_emb.weight)
+    run.saver.save(run.state)
+    assert run.saver.wait() is None
+    run.close()
+    again = prepare(**given)
+    assert again.state.step == 1 and (again.state.model.token_emb.weight == 1).all()
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
         ({"dim": 32, "heads": 4}, "dim is 32, in the weights 16; heads is 4, in the weights 2"),
         ({"model": "lamda"}, "model is 'lamda', in the weights 'palm'"),
         ({"architecture": "qk_norm=true"}, "architecture is 'qk_norm=true', in the weights None"),
-        ({"resume": "auto"}, "init is 'SAVED' and resume 'auto'; expected one of them"),
+        ({"resume": "a"}, "init is 'SAVED' and resume 'a'; expected one of them, or resume 'auto' and out"),
         ({"init": "nowhere/at/all"}, "nowhere/at/all"),
         (
             {"init": "WORDS"},

@@ -219,7 +219,7 @@ def test_without_matplotlib_the_run_ends_well(
 
 
 def test_samples_cannot_control_the_terminal() -> None:
-    assert quoted("a\x1b[2Jb\n\x07\tc") == "| a�[2Jb\n| ��c"
+    assert quoted("a\x1b[2Jb\n\x07\tc") == "| a�[2Jb\n| �\tc"
 
 
 def stop_in_step(step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,13 @@ def test_several_runs(x: Any, places: list[float], tmp_path: Path, figures: Any)
     assert colors == ["C0", "C0", "C1", "C1", "C1"]
 
 
+@pytest.mark.parametrize("name", ["_hidden", "a$^$b"])
+def test_runs_of_any_name(name: str, tmp_path: Path, figures: Any) -> None:
+    plot_runs([write_run(tmp_path / name, ROWS)], PlotOptions(out=str(tmp_path / "a.png")))
+    told = [text.get_text() for text in figures.gcf().axes[0].get_legend().get_texts()]
+    assert len(told) == 2 and all(name.strip("_")[0] in text for text in told)
+
+
 def test_steps_that_were_taken_again_are_drawn_once() -> None:
     """After rolling back from step 3 to step 1."""
     row = {"split": "train", "tokens": 10**6}

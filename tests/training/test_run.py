@@ -81,6 +81,8 @@ def test_the_resume_command(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatc
     assert run.resume_command() == f"palm train --resume '{run.folder}'"
     monkeypatch.setattr(sys, "argv", ["train.py"])
     assert run.resume_command() == f"{sys.executable} train.py --resume '{run.folder}'"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert run.resume_command() == f"torchrun ... train.py --resume '{run.folder}' --parallel none"
 
 
 @pytest.fixture
@@ -112,6 +114,32 @@ def test_a_resumed_run_keeps_the_options_that_are_not_given(stopped: dict[str, A
     ]
     assert run.events == [("resume", {"checkpoint": "step-00000004"})]
     assert prepare(resume="auto", out=stopped["out"]).state.step == 4
+
+
+def test_the_least_learning_rate_goes_along_with_a_new_one(stopped: dict[str, Any]) -> None:
+    """Unless it was given: it was kept from the run before, and could be above the new one."""
+    config = prepare(resume=stopped["out"], lr=1e-3).config
+    assert (config.lr, config.min_lr) == (1e-3, 1e-4)
+    config = prepare(resume=stopped["out"], lr=1e-2, min_lr=3e-4).config
+    assert (config.lr, config.min_lr) == (1e-2, 3e-4)
+    assert prepare(resume=stopped["out"], lr=1e-1).config.min_lr == 3e-4
+
+
+def test_options_without_a_model_are_those_of_the_checkpoint(stopped: dict[str, Any]) -> None:
+    (Path(stopped["out"]) / "config.json").write_text('{"steps": 3}')
+    assert prepare(resume=stopped["out"]).state.step == 4
+
+
+def test_a_prefix_with_nothing_to_predict_behind_it_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """Conversations of 24 tokens: it was trained at a loss of 0, up to the first score."""
+    with open(tmp_path / "chats.jsonl", "w") as file:
+        for number in range(400):
+            turns = [{"role": "user", "content": f"{number:05}"}, {"role": "assistant", "content": "ho"}]
+            file.write(f"{json.dumps({'messages': turns})}\n")
+    given = {**tiny, "data": str(tmp_path / "chats.jsonl"), "model": "perceiver-ar", "seq_len": 44}
+    with pytest.raises(ValueError, match="cross_attn_seq_len is 30; expected less"):
+        prepare(**given, cross_attn_seq_len=30)
+    assert prepare(**given, cross_attn_seq_len=3).state.step == 0
 
 
 def test_an_earlier_checkpoint_is_resumed_into_a_new_folder(stopped: dict[str, Any]) -> None:
@@ -191,11 +219,14 @@ def test_a_folder_with_a_run_is_not_overwritten(stopped: dict[str, Any], tmp_pat
     other = str(tmp_path / "other")
     prepare(**{**stopped, "out": other})
     for given in (stopped, {"resume": stopped["out"], "out": other}):
-        with pytest.raises(FileExistsError, match="holds a run already; expected a new folder, or --resume"):
+        with pytest.raises(FileExistsError, match="holds what a run writes; expected a new folder, or --res"):
             prepare(**given)
 
 
-@pytest.mark.parametrize("name", ["model", "checkpoints", "samples", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "name",
+    ["model", "checkpoints", "samples", "metrics.jsonl", "loss.png", "tokenizer.model"],
+)
 def test_what_a_run_writes_is_not_overwritten_where_its_options_are_lost(
     name: str, tiny: dict[str, Any]
 ) -> None:
@@ -204,7 +235,7 @@ def test_what_a_run_writes_is_not_overwritten_where_its_options_are_lost(
     kept.parent.mkdir(parents=True)
     kept.write_text("kept")
     for given in (tiny, {**tiny, "resume": "auto"}):
-        with pytest.raises(FileExistsError, match=rf"holds a run already; .* \(there is {name}\)"):
+        with pytest.raises(FileExistsError, match=rf"holds what a run writes; .* \(there is {name}\)"):
             prepare(**given)
     assert kept.read_text() == "kept" and [path.name for path in Path(tiny["out"]).iterdir()] == [name]
 
@@ -234,7 +265,7 @@ def test_a_run_that_begins_before_the_folder_is_locked_is_not_overwritten(
             super().__init__(folder)
 
     monkeypatch.setattr(run_module, "FolderLock", Late)
-    with pytest.raises(FileExistsError, match="holds a run already"):
+    with pytest.raises(FileExistsError, match="holds what a run writes"):
         prepare(**tiny)
     assert (Path(tiny["out"]) / "config.json").read_text() == "of the first"
 

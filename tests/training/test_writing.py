@@ -73,6 +73,15 @@ def test_prompts_from_a_file_or_the_input(
     assert err.startswith("12 tokens" if where == "text" else "24 tokens")
 
 
+def test_spaces_at_the_end_of_a_line_belong_to_its_prompt(
+    saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts").write_bytes(b"of \r\n")
+    greedy = ["generate", "--checkpoint", saved, "--temperature", "0"]
+    found = told(capsys, *greedy, "--prompt-file", str(tmp_path / "prompts"))[0]
+    assert found == told(capsys, *greedy, "--prompt", "of ")[0]
+
+
 def test_a_text_ends_with_the_end_token(saved: str, capsys: pytest.CaptureFixture[str]) -> None:
     """That of the tokenizer, 0xFF of bytes, unless another is asked for; it is not shown."""
     command = ["generate", "--checkpoint", saved, "--prompt", "a", "--temperature", "0"]
