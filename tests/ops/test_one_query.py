@@ -134,7 +134,7 @@ def test_what_measures_from_elsewhere_is_always_served(i: int, more: dict[str, A
     assert error(*found) <= 1e-6
 
 
-@pytest.mark.parametrize("backend", ["flex", "triton", "blockwise"])
+@pytest.mark.parametrize("backend", ["flex", pytest.param("triton", marks=needs_interpreter), "blockwise"])
 def test_backends_that_measure_from_the_end_refuse(backend: str) -> None:
     """Blockwise does so where gradients are wanted."""
     q = torch.randn(1, 2, 1, 16)
