@@ -60,10 +60,10 @@ def evaluate(
     return total / counted
 
 
-def nats(model: nn.Module, batch: Batch, precision: torch.dtype, **inputs: Tensor) -> tuple[float, int]:
-    """The sum of a batch's losses in nats, and over how many labels. inputs: of the model's `forward`."""
+def nats(model: nn.Module, batch: Batch, precision: torch.dtype) -> tuple[float, int]:
+    """The sum of a batch's losses in nats, and over how many labels."""
     labels = int(count_labels(model, batch))
-    return float(batch_loss(model, batch, precision, **inputs)) * labels, labels
+    return float(batch_loss(model, batch, precision)) * labels, labels
 
 
 def count_labels(model: nn.Module, batch: Batch) -> Tensor:

@@ -1,8 +1,8 @@
-"""`palm evaluate`: the score of a trained model on a whole split of a text, with sliding context.
+"""`palm evaluate`: the score of a trained model on a whole split, of a text with sliding context.
 
 All bytes of the split count, its new lines too; on Enwik8 these are its last 5,000,000 for "test". The first
 is predicted from the one byte before the split, and each other from up to `seq_len` tokens before it, which
-may be of the split alone.
+may be of the split alone. Sequences that are read whole, as pictures, are scored as in training.
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+from palm_pytorch.data.arrays import is_array, map_array
 from palm_pytorch.data.batch import Dataset
+from palm_pytorch.data.dialog_dataset import is_dialog
 from palm_pytorch.data.tokenizer import ByteTokenizer, IntegerTokenizer
 from palm_pytorch.training.checkpoint import check_same_data, read_about
 from palm_pytorch.training.config import TrainConfig
 from palm_pytorch.training.machine import keep_freed_memory, select_device, select_precision
 from palm_pytorch.training.options import POSITIVE, check_options, option
 from palm_pytorch.training.run import describe, read_data
-from palm_pytorch.training.scoring import SlidingWindows, score
+from palm_pytorch.training.scoring import read_all, score
 from palm_pytorch.training.trained import Trained, load_any
 
 RESULTS_FILE = "evaluations.jsonl"
@@ -42,19 +44,21 @@ class EvaluateOptions:
     data: str | None = option(
         "text", "as for training (default: the run's; a saved model needs it)", default=None
     )
+    data_dtype: str | None = option("text", "of a .bin file, as 'uint8' or 'uint16'", default=None)
     data_dir: str | None = option(
         "text", "where data are looked for and downloads are kept (default: the run's, or data)", default=None
     )
     seq_len: int | None = option(
         "context",
-        f"tokens of a window (default: the run's, or a Perceiver AR's longest; else {SEQ_LEN:,})",
+        "tokens of a window, and of a conversation (default: of sequences that are read whole theirs; else "
+        f"the run's, or a Perceiver AR's longest; else {SEQ_LEN:,})",
         POSITIVE,
         default=None,
     )
     stride: int | None = option(
         "context",
         "tokens that it moves on by; a smaller one costs more, and scores better (default: half of those "
-        "that it predicts)",
+        "that it predicts); sequences that are read whole have none",
         POSITIVE,
         default=None,
     )
@@ -67,7 +71,7 @@ class EvaluateOptions:
     )
 
     def __post_init__(self) -> None:
-        check_options(type(self), {spec.name: getattr(self, spec.name) for spec in fields(self)})
+        check_options(type(self), vars(self))
 
 
 def evaluate_model(source: str, options: EvaluateOptions) -> dict[str, Any]:
@@ -85,15 +89,21 @@ def evaluate_model(source: str, options: EvaluateOptions) -> dict[str, Any]:
     folder = trained.run or (Path(source) if Path(source).is_dir() else None)
     if folder is not None and not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder / RESULTS_FILE}: the result could not be written there")
-    data = open_text(trained, options)
-    held_out = data.held_out(options.split)
+    data, seq_len = open_for_scoring(trained, options)
     model = trained.model.float().to(device)
-    prefix_len = getattr(model, "prefix_len", 0)
-    seq_len = options.seq_len or trained.seq_len or SEQ_LEN
-    if prefix_len and seq_len > model.config["max_seq_len"]:
-        raise ValueError(f"seq_len is {seq_len}; expected at most the model's {model.config['max_seq_len']}")
-    stride = options.stride or max(1, (seq_len - prefix_len) // 2)
-    windows = SlidingWindows(len(held_out.tokens) - 1, seq_len, stride, prefix_len)
+    prefix_len, longest = getattr(model, "prefix_len", 0), model.config.get("max_seq_len", seq_len)
+    if not prefix_len < seq_len <= longest:
+        raise ValueError(
+            f"seq_len is {seq_len}; expected {prefix_len + 1} to {longest}: more than the model's prefix, at "
+            "most its max_seq_len"
+        )
+    reading = read_all(
+        data.held_out(options.split),
+        seq_len=seq_len,
+        stride=options.stride,
+        batch_size=options.batch_size,
+        prefix_len=prefix_len,
+    )
     if device.type == "cpu":
         keep_freed_memory()
 
@@ -102,20 +112,10 @@ def evaluate_model(source: str, options: EvaluateOptions) -> dict[str, Any]:
     name = trained.run if source == "auto" else source
     print(f"model   {name}{at}: a {type(model).__name__} of {parameters:,} parameters")
     print(f"data    {data}")
-    print(
-        f"windows {len(windows):,} of {windows.length:,} tokens, {stride:,} apart: {windows.cost:.1f} "
-        "tokens go through the model for each that is scored"
-    )
+    print(f"windows {reading}")
     started = time.perf_counter()
     try:
-        found = score(
-            model,
-            held_out,
-            seq_len=seq_len,
-            stride=stride,
-            batch_size=options.batch_size,
-            precision=precision,
-        )
+        found = score(model, reading, precision)
     except KeyboardInterrupt as interrupt:
         print(interrupt, file=sys.stderr)
         raise
@@ -127,7 +127,7 @@ def evaluate_model(source: str, options: EvaluateOptions) -> dict[str, Any]:
         "data": data.name,
         "split": options.split,
         "seq_len": seq_len,
-        "stride": stride,
+        "stride": reading.stride,
         "precision": str(precision).removeprefix("torch."),
         "tokens": found.num_labels,
         "bytes": found.num_bytes,
@@ -148,24 +148,35 @@ def evaluate_model(source: str, options: EvaluateOptions) -> dict[str, Any]:
     return result
 
 
-def open_text(trained: Trained, options: EvaluateOptions) -> Dataset:
-    """What the options name, in the model's tokens; or else the data of its run.
+def open_for_scoring(trained: Trained, options: EvaluateOptions) -> tuple[Dataset, int]:
+    """The data that the options name, or else those of the model's run, in the model's tokens; and how many
+    of these a window has.
 
     Raises:
         ValueError: the data are not those of the run any more, or have other tokens than the model.
         And as `open_dataset`.
     """
-    given = {name: value for name in ("data", "data_dir") if (value := getattr(options, name)) is not None}
     if trained.options is None and options.data is None:
         raise ValueError("data is not given, and the model is of no run; expected what to score it on")
-    config = TrainConfig.for_machine(**{**(trained.options or {"seq_len": 1}), **given})
-    own = None if isinstance(trained.tokenizer, IntegerTokenizer) else trained.tokenizer
-    data = read_data(config, tokenizer=own)
-    if data.tokenizer.fingerprint != trained.tokenizer.fingerprint:
-        raise ValueError(
-            f"data is {data.name}, with the tokenizer {data.tokenizer}; expected the model's, "
-            f"{trained.tokenizer}"
-        )
+    given = dict(trained.options or {})
+    if options.data is not None:
+        given["data_dtype"] = None  # the run's is that of its own file
+    for name in ("data", "data_dtype", "data_dir"):
+        if (value := getattr(options, name)) is not None:
+            given[name] = value
+    path, tokenizer = Path(given["data"] or "").expanduser(), trained.tokenizer
+    num_values = tokenizer.num_values if isinstance(tokenizer, IntegerTokenizer) else None
+    if is_array(path) != (num_values is not None):
+        wanted = "text" if num_values is None else "integers, in a .npy or .bin file"
+        raise ValueError(f"data is {given['data']}; expected {wanted}: the model's tokens are {tokenizer}")
+    seq_len = trained.seq_len
+    if num_values is not None and (values := map_array(path, given["data_dtype"])).ndim == 2:
+        seq_len = values.shape[1]
+    seq_len = options.seq_len or seq_len or SEQ_LEN
+    # A text may be shorter than a window; what is cut into rows, and a run's data, are as in training.
+    rows = num_values is not None or trained.options is not None or (path.exists() and is_dialog(path))
+    given |= {"num_tokens": num_values, "seq_len": seq_len if rows else 1}
+    data = read_data(TrainConfig.for_machine(**given), tokenizer)
     if trained.checkpoint is not None and options.data is None:
         check_same_data(read_about(trained.checkpoint)["data"], describe(data))
-    return data
+    return data, seq_len

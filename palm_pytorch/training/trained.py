@@ -24,6 +24,7 @@ from palm_pytorch.training.checkpoint import (
     step_of,
 )
 from palm_pytorch.training.config import TrainConfig
+from palm_pytorch.training.logging import read_metrics
 from palm_pytorch.training.machine import select_device, select_precision
 from palm_pytorch.training.options import POSITIVE, SEED, check_options, option
 
@@ -53,7 +54,7 @@ class ModelOptions:
     seed: int | None = option("text", "of the draws (default: another one each time)", SEED, default=None)
 
     def __post_init__(self) -> None:
-        check_options(type(self), {spec.name: getattr(self, spec.name) for spec in fields(self)})
+        check_options(type(self), vars(self))
 
     def sampling(self, device: torch.device) -> dict[str, Any]:
         """Those of the options that `generate` takes by the same name, and a generator."""
@@ -123,17 +124,7 @@ def load_run(checkpoint: str) -> Trained:
     """The model of a run's newest checkpoint or, as `RUN/best`, the best by validation; of the one named; or
     of the newest run ("auto"). On the CPU.
     """
-    try:
-        folder = run_checkpoint(checkpoint)
-    except FileNotFoundError:
-        folder = None
-    if folder is None:
-        where = "under runs/" if checkpoint == "auto" else "there"
-        raise FileNotFoundError(
-            f"checkpoint is {checkpoint!r}, but there is neither a complete checkpoint of a run nor a saved "
-            f"model {where}"
-        )
-    folder = folder.resolve()
+    folder = run_checkpoint(checkpoint).resolve()
     run, about = folder.parent.parent, read_about(folder)
     # On the device that it was trained on, which need not be here, nothing depends.
     config = TrainConfig.for_machine(**{**about["config"], "device": "cpu"})
@@ -145,28 +136,48 @@ def load_run(checkpoint: str) -> Trained:
     return Trained(model.eval(), tokenizer, config.seq_len, about["data"]["dialog"], folder, asdict(config))
 
 
-def run_checkpoint(name: str) -> Path | None:
-    """The checkpoint of a run that `name` means, as for `load_run`; None if none is there. The best is the
-    newest, with a warning, where the one that was is damaged or could not be written.
+def run_checkpoint(name: str) -> Path:
+    """The checkpoint of a run that `name` means, as for `load_run`. The best is the newest, with a warning,
+    where the one that was is damaged or could not be written.
 
     Raises:
         FileNotFoundError: there is none.
     """
     path = Path(name)
-    if path.name != "best" or path.exists():
-        return find_checkpoint(name, None)
-    newest = find_checkpoint(str(path.parent), None)
-    best = None if newest is None else read_about(newest)["state"]["best_step"]
-    if newest is None or best is None:
+    best = path.name == "best" and not path.exists()
+    try:
+        newest = find_checkpoint(str(path.parent) if best else name, None)
+    except FileNotFoundError:
+        newest = None
+    if newest is None:
+        where = "under runs/" if name == "auto" else "there"
+        raise FileNotFoundError(
+            f"checkpoint is {name!r}, but there is neither a complete checkpoint of a run nor a saved model "
+            f"{where}"
+        )
+    state = read_about(newest)["state"]
+    if not best or state["best_step"] is None or scored_best_since(path.parent, state):
         return newest
-    return Source(path.parent, [newest, step_folder(path.parent, best)]).undamaged()
+    return Source(path.parent, [newest, step_folder(path.parent, state["best_step"])]).undamaged()
+
+
+def scored_best_since(run: Path, state: Mapping[str, Any]) -> bool:
+    """Whether a run's newest checkpoint, of this state, had the best score, but only after it was written: a
+    stop had cut the score short, and it was made up for when the run went on."""
+    if "valid" not in state["due"]:
+        return False
+    metrics = run / "metrics.jsonl"
+    rows = read_metrics(metrics) if metrics.is_file() else []
+    late = [row["loss"] for row in rows if (row["step"], row.get("split")) == (state["step"], "valid")]
+    return any(loss < state["best_loss"] for loss in late)
 
 
 def is_run(source: str) -> bool:
-    """Whether `source` is a run's folder, its best, or one of its checkpoints."""
+    """Whether `source` is a run's folder, its best, or one of its checkpoints, if it has any yet."""
     path = Path(source)
     folders = (path, path.parent if path.name == "best" else path)
-    return step_of(path) >= 0 or any((folder / "checkpoints").is_dir() for folder in folders)
+    begun = any((folder / name).exists() for folder in folders for name in ("checkpoints", "metrics.jsonl"))
+    return begun or step_of(path) >= 0
 
 
 def load_any(source: str, *, dtype: torch.dtype | None = None, **config: Any) -> Trained:

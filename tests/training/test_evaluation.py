@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from palm_pytorch import LaMDA, PaLM, PerceiverAR
 from palm_pytorch.cli import main
+from palm_pytorch.data.tokenizer import IntegerTokenizer
 from palm_pytorch.training import evaluation
+from palm_pytorch.training.config import TrainConfig
 from palm_pytorch.training.loop import train
-from palm_pytorch.training.run import prepare
+from palm_pytorch.training.run import prepare, read_data
 from palm_pytorch.training.trained import load_run
 
 SHAPE: dict[str, Any] = {"num_tokens": 256, "dim": 16, "depth": 1, "heads": 2, "dim_head": 8, "ff_mult": 2}
@@ -31,12 +36,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text, and a run of two steps on it."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_bytes(TEXT)
-    places = {"data": str(folder / "text.txt"), "data_dir": str(folder), "out": str(folder / "run")}
+    train_on(folder / "text.txt", test_windows=5)
+    return folder
+
+
+def train_on(file: Path, **options: Any) -> Path:
+    """The folder of a run of two steps on a file, beside it."""
+    folder = file.parent / "run"
+    places = {"data": str(file), "data_dir": str(file.parent), "out": str(folder)}
     shape = {name: size for name, size in SHAPE.items() if name != "num_tokens"}
-    started = prepare(
-        **{**places, **shape, "seq_len": 16, "batch_size": 4, "steps": 2, "generate_every": 0},
-        **{"eval_windows": 5, "test_windows": 5, "device": "cpu", "precision": "float32", "peak_flops": 1e12},
-    )
+    sizes = {**shape, "seq_len": 16, "batch_size": 4, "steps": 2, "generate_every": 0, "eval_windows": 5}
+    machine = {"device": "cpu", "precision": "float32", "peak_flops": 1e12}
+    started = prepare(**{**places, **sizes, **machine, **options})
     train(started)
     started.close()
     return folder
@@ -59,6 +70,11 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -
     assert main(["evaluate", *arguments, *FLAGS]) == status
     out, err = capsys.readouterr()
     return err if status else out
+
+
+def load_dataset(run: Path, **other: Any) -> Any:
+    """The data of a run, with other options."""
+    return read_data(TrainConfig.for_machine(**{**json.loads((run / "config.json").read_text()), **other}))
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -98,6 +114,91 @@ def test_results_are_added(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert first["bytes"] == second["bytes"] == 900
     told(capsys, str(run / "checkpoints" / "step-00000002"))
     assert len(results(run)) == 3
+
+
+@pytest.mark.parametrize("model", ["palm", "perceiver-ar"])
+def test_whole_sequences_as_training_scores_them(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once they were slid over as one text, whose rows a Perceiver AR saw at places that it did not know."""
+    file = tmp_path / "rows.npy"
+    first, step = np.random.default_rng(0).integers(1, 31, size=(2, 300, 1))
+    np.save(file, (first + step * np.arange(12)) % 31)
+    more = {"cross_attn_seq_len": 4} if model == "perceiver-ar" else {}
+    run = train_on(file, model=model, num_tokens=31, seq_len=12, steps=40, lr=1e-2, **more)
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (expected,) = (row for row in metrics if row["split"] == "test")
+    sequences = len(load_dataset(run).splits["test"])
+    scored = sequences * (12 - (4 if more else 0))
+
+    for source, given in ((run, []), (run / "model", ["--data", str(file)])):
+        out = told(capsys, str(source), *given)
+        (result,) = results(source)
+        assert result["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert result["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-6)
+        assert (result["tokens"], result["bytes"]) == (scored, scored)
+        assert (result["seq_len"], result["stride"]) == (12, None)
+        assert f"bits per value of {scored:,}, perplexity" in out
+        assert (
+            f"windows {sequences} of 12 tokens, a whole sequence each: {1.5 if more else 1.0} tokens" in out
+        )
+
+        for flags, says in (
+            (["--stride", "4"], "stride is 4; expected none for sequences, which are read whole"),
+            (["--seq-len", "11"], "seq_len is 11; expected 12, the length of the sequences in"),
+        ):
+            assert says in told(capsys, str(source), *given, *flags, status=2)
+        assert len(results(source)) == 1
+
+    np.save(tmp_path / "longer.npy", np.random.default_rng(1).integers(31, size=(300, 14)))
+    longer = ["--data", str(tmp_path / "longer.npy")]
+    if model == "palm":
+        assert " of 14 tokens, a whole sequence each" in told(capsys, str(run), *longer)
+    else:
+        assert "seq_len is 14; expected 5 to 12" in told(capsys, str(run), *longer, status=2)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".bin"])
+def test_streams_of_integers(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, values = tmp_path / f"notes{suffix}", np.random.default_rng(0).integers(300, size=2000)
+    if suffix == ".npy":
+        np.save(file, values)
+    else:
+        values.astype(np.uint16).tofile(file)
+    dtype = "uint16" if suffix == ".bin" else None
+    run = train_on(file, num_tokens=300, data_dtype=dtype)
+    told(capsys, str(run))
+    given = ["--data", str(file), *(["--data-dtype", dtype] if dtype else [])]
+    told(capsys, str(run), *given)
+    out = told(capsys, str(run / "model"), *given, "--seq-len", "16")
+    scores = [*results(run), *results(run / "model")]
+    assert "bits per value of 99" in out and {each["stride"] for each in scores} == {8}
+    assert len({each["bits_per_byte"] for each in scores}) == 1 and len(scores) == 3
+    if dtype:
+        assert "expected data_dtype beside it" in told(capsys, str(run / "model"), *given[:2], status=2)
+
+
+def test_conversations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a saved model they were once cut to two tokens each."""
+    file, draw = tmp_path / "chats.jsonl", random.Random(0)
+    with open(file, "w", encoding="utf-8") as lines:
+        for _ in range(200):
+            words = ["".join(draw.choices("etaoin", k=draw.randint(2, 20))) for _ in range(4)]
+            roles = ("user", "assistant", "user", "assistant")
+            turns = [{"role": role, "content": word} for role, word in zip(roles, words, strict=True)]
+            lines.write(json.dumps({"messages": turns}) + "\n")
+    run = train_on(file, seq_len=48)
+    for seq_len in ("48", "128"):
+        for source in (run, run / "model"):
+            out = told(capsys, str(source), "--data", str(file), "--seq-len", seq_len)
+            assert ("cut to their latest turns" in out) == (seq_len == "48")
+    told(capsys, str(run))
+    short, long, _ = results(run)
+    scores = [[each["bits_per_byte"], each["tokens"]] for each in results(run)]
+    assert scores[:2] == [[each["bits_per_byte"], each["tokens"]] for each in results(run / "model")]
+    assert scores[0] == scores[2]
+    responses = load_dataset(run, seq_len=128).held_out("test")
+    assert short["bytes"] < long["bytes"] == responses.num_bytes and long["tokens"] == responses.num_labels
 
 
 def test_a_saved_model(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,14 +248,18 @@ def test_tokens_of_a_tokenizer(data: list[str], tmp_path: Path, capsys: pytest.C
         (["PERCEIVER", "--data", "TEXT", "--stride", "9"], "stride is 9; expected 1 to 8, the 8 latents"),
         (
             ["PERCEIVER", "--data", "TEXT", "--seq-len", "21"],
-            "seq_len is 21; expected at most the model's 20",
+            "seq_len is 21; expected 13 to 20: more than the model's prefix, at most its max_seq_len",
         ),
-        (["PERCEIVER", "--data", "TEXT", "--seq-len", "12"], "expected more than the prefix of 12 tokens"),
+        (["PERCEIVER", "--data", "TEXT", "--seq-len", "12"], "seq_len is 12; expected 13 to 20"),
         (["PERCEIVER"], "data is not given, and the model is of no run"),
         (["no/where/at/all"], "no/where/at/all"),
         (["auto"], "under runs/"),
         (["RUN", "--data", "missing.txt"], "missing.txt"),
         (["WORDS", "--data", "TEXT"], "a model of 300 tokens with no tokenizer"),
+        (["RUN", "--data", "some.npy"], "data is some.npy; expected text: the model's tokens are bytes"),
+        (["NOTES", "--data", "TEXT"], "expected integers, in a .npy or .bin file: the model's tokens are "),
+        (["NOTES", "--data", "some.npy"], "'some.npy' does not exist"),
+        (["begun"], "neither a complete checkpoint of a run nor a saved model there"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
@@ -169,6 +274,10 @@ def test_bad_input_is_one_line_and_status_2(
     monkeypatch.chdir(tmp_path)
     PerceiverAR(**SHAPE, max_seq_len=20, cross_attn_seq_len=12).save_pretrained("PERCEIVER")
     PaLM(**{**SHAPE, "num_tokens": 300}).save_pretrained("WORDS")
+    PaLM(**{**SHAPE, "num_tokens": 31}).save_pretrained("NOTES", tokenizer=IntegerTokenizer(30))
+    Path("begun").mkdir()  # a run, before its first checkpoint
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(run / name, "begun")
     places = {"RUN": str(run), "TEXT": data[1]}
     err = told(capsys, *(places.get(each, each) for each in arguments), status=2)
     assert says in err and err.startswith("palm: error: ") and err.count("\n") == 1

@@ -25,12 +25,14 @@ from palm_pytorch.data.batch import IGNORED, Batch
 from palm_pytorch.training import loop, observe, saver
 from palm_pytorch.training.checkpoint import complete_checkpoints, load_weights
 from palm_pytorch.training.distributed import Parallel
-from palm_pytorch.training.logging import MEASURED, read_metrics
+from palm_pytorch.training.faults import Stopped
+from palm_pytorch.training.logging import MEASURED, MetricsLog, read_metrics
 from palm_pytorch.training.loop import Outcome, train
 from palm_pytorch.training.observe import quoted
 from palm_pytorch.training.run import Run, build_model, prepare
 from palm_pytorch.training.state import seed_streams
 from palm_pytorch.training.step import accumulate_gradients, train_step
+from palm_pytorch.training.trained import run_checkpoint
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 CHECKPOINT = (".metadata", "__0_0.distcp", "manifest.json", "state.json")
@@ -191,6 +193,26 @@ def test_a_stop_while_scoring_or_sampling_changes_nothing(
     resumed = prepare(resume=tiny["out"])
     train(resumed)
     assert_same(resumed, straight)
+
+
+def test_a_best_score_that_a_stop_cut_short_is_found(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint was written before it was made up for, and RUN/best was the one before."""
+    losses = iter([3.0, None, 2.0, 2.5])  # after 3 steps, 6, 6 again, and of the test
+
+    def scored(run: Run, split: str, metrics: MetricsLog, stop: Any) -> tuple[float, float]:
+        if (loss := next(losses)) is None:
+            signal.raise_signal(signal.SIGTERM)
+            raise Stopped
+        metrics.add(split, run.state, loss, 1.0)
+        return loss, 8.0
+
+    monkeypatch.setattr(loop, "score", scored)
+    train(prepare(**tiny))
+    assert run_checkpoint(f"{tiny['out']}/best").name == "step-00000003"
+    train(prepare(resume=tiny["out"]))
+    assert run_checkpoint(f"{tiny['out']}/best").name == "step-00000006"
 
 
 def test_evaluations_and_samples_do_not_touch_the_training(tiny: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor
 
 from palm_pytorch import LaMDA, PaLM, PaLMLite, PerceiverAR
+from palm_pytorch.data.arrays import SequenceDataset
 from palm_pytorch.data.batch import HeldOut
+from palm_pytorch.data.tokenizer import IntegerTokenizer
 from palm_pytorch.models.language_model import LanguageModel
-from palm_pytorch.training.scoring import Score, SlidingWindows, Window, read_windows, score
+from palm_pytorch.training.scoring import Score, SlidingWindows, Window, read_all, read_windows
+from palm_pytorch.training.scoring import score as score_reading
 
 SHAPE: dict[str, Any] = {"num_tokens": 23, "dim": 16, "depth": 2, "heads": 3, "dim_head": 8}
 
@@ -35,6 +39,13 @@ def build(name: str) -> LanguageModel:
 def text(length: int, **more: Any) -> HeldOut:
     tokens = np.random.default_rng(length).integers(23, size=length).astype(np.uint8)
     return HeldOut(tokens, **{"num_bytes": length - 1, **more})
+
+
+def score(
+    model: LanguageModel, held_out: HeldOut, *, seq_len: int, stride: int | None, batch_size: int
+) -> Score:
+    sizes = {"stride": stride, "batch_size": batch_size, "prefix_len": getattr(model, "prefix_len", 0)}
+    return score_reading(model, read_all(held_out, seq_len=seq_len, **sizes))
 
 
 def loss_at(model: LanguageModel, tokens: Tensor, position: int, start: int) -> float:
@@ -108,18 +119,47 @@ def test_every_position_counts_once_with_all_the_context_there_is(
         start = max(0, window.end - windows.length)
         assert position - start + 1 >= min(position + 1, 7 + prefix_len - stride + 1)
         assert position >= window.end - windows.positions  # a latent
-    assert windows.cost == pytest.approx(len(windows) * windows.length / num_positions)
 
 
 def test_the_cost_is_known_beforehand() -> None:
-    windows = SlidingWindows(5_000_000, 1024, 256)
-    assert len(windows) == 1 + math.ceil((5_000_000 - 1024) / 256)
-    assert windows.cost == pytest.approx(4, abs=0.001)
+    """For each token that is scored: of a dialog, the others are read too."""
+    tokens = np.broadcast_to(np.uint8(0), 5_000_001)
+    sizes = {"seq_len": 1024, "stride": 256, "batch_size": 1}
+    reading = read_all(HeldOut(tokens, num_bytes=5_000_000), **sizes)
+    assert reading.count == 1 + math.ceil((5_000_000 - 1024) / 256)
+    assert str(reading) == (
+        "19,529 of 1,024 tokens, 256 apart: 4.0 tokens go through the model for each that is scored"
+    )
+    half = HeldOut(tokens, num_bytes=2_500_000, counts=np.arange(5_000_001) % 2 == 1)
+    assert ", 256 apart: 8.0 tokens go" in str(read_all(half, **sizes))
+
+
+@pytest.mark.parametrize("name", ["palm", "palm-lite", "lamda", "perceiver-ar"])
+def test_whole_sequences_are_scored_one_by_one(name: str) -> None:
+    """Each from the token that begins it, and nothing of another; what is in a prefix is not predicted."""
+    values = np.random.default_rng(1).integers(22, size=(200, 11)).astype(np.uint8)
+    data = SequenceDataset(values, Path("values.npy"), IntegerTokenizer(22), 11)
+    model, held_out = build(name), data.held_out("test")
+    reading = read_all(
+        held_out, seq_len=11, stride=None, batch_size=2, prefix_len=getattr(model, "prefix_len", 0)
+    )
+    found, rows = score_reading(model, reading), held_out.tokens.reshape(-1, 12).astype(np.int64)
+    predicted = range(6 if name == "perceiver-ar" else 0, 11)
+    assert found.num_labels == found.num_bytes == len(predicted) * len(rows) and len(rows) > 2
+    cost = 11 / len(predicted)
+    assert f"{len(rows)} of 11 tokens, a whole sequence each: {cost:.1f} tokens go" in str(reading)
+    with torch.no_grad():
+        expected = sum(
+            loss_at(model.eval(), torch.from_numpy(row), at, 0) for row in rows for at in predicted
+        )
+    assert found.nats == pytest.approx(expected, rel=1e-7)  # rotary is float32
+    with pytest.raises(ValueError, match="stride is 3; expected none for sequences, which are read whole"):
+        score(model, held_out, seq_len=11, stride=3, batch_size=2)
 
 
 def test_early_windows_of_a_prefix_are_padded_on_the_left() -> None:
     held_out = HeldOut(np.arange(10, 22), num_bytes=11)
-    batch, inputs = read_windows(held_out, SlidingWindows(11, 7, 2, prefix_len=4), range(3))
+    batch = read_windows(held_out, SlidingWindows(11, 7, 2, prefix_len=4), range(3))
     assert batch.tokens.tolist() == [
         [0, 0, 0, 0, 10, 11, 12],
         [0, 0, 10, 11, 12, 13, 14],
@@ -130,9 +170,10 @@ def test_early_windows_of_a_prefix_are_padded_on_the_left() -> None:
         [-100] * 5 + [14, 15],
         [-100] * 5 + [16, 17],
     ]
-    assert inputs["prefix_mask"].tolist() == [[False] * 4, [False, False, True, True], [True] * 4]
-    _, inputs = read_windows(held_out, SlidingWindows(11, 7, 2, prefix_len=4), range(2, 5))
-    assert inputs == {}
+    assert batch.prefix_mask is not None
+    assert batch.prefix_mask.tolist() == [[False] * 4, [False, False, True, True], [True] * 4]
+    batch = read_windows(held_out, SlidingWindows(11, 7, 2, prefix_len=4), range(2, 5))
+    assert batch.prefix_mask is None
 
 
 def test_only_tokens_that_count_are_scored() -> None:
@@ -177,7 +218,6 @@ def test_bits_are_per_byte_of_text_and_perplexity_per_token() -> None:
         ({"stride": 0}, "stride is 0; expected 1 to 8, or tokens would be left out"),
         ({"stride": 9}, "stride is 9; expected 1 to 8,"),
         ({"prefix_len": 5, "stride": 4}, "stride is 4; expected 1 to 3, the 3 latents,"),
-        ({"prefix_len": 8, "stride": 1}, "seq_len is 8; expected more than the prefix of 8 tokens"),
         ({"num_positions": 0, "stride": 1}, "the text is too short"),
     ],
 )

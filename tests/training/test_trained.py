@@ -19,7 +19,7 @@ from palm_pytorch.training.checkpoint import complete_checkpoints
 from palm_pytorch.training.loop import train
 from palm_pytorch.training.manifest import write_manifest
 from palm_pytorch.training.run import prepare
-from palm_pytorch.training.trained import ModelOptions, load_trained
+from palm_pytorch.training.trained import ModelOptions, load_any, load_trained
 
 DRAW = random.Random(0)
 WORDS = ["".join(DRAW.choices("etaoins", k=DRAW.randint(2, 6))) for n in range(99)]
@@ -127,6 +127,15 @@ def test_the_best_is_the_newest_where_it_is_missing_or_damaged(
             shutil.copytree(newest, best)
             assert load(run / "best").step == 2
             (best / "state.json").write_text("{}")
+
+
+def test_a_run_before_its_first_checkpoint_is_a_run(options: dict[str, Any], tmp_path: Path) -> None:
+    """And no damaged folder of `save_pretrained`, for which its `config.json` was once taken."""
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(Path(options["out"], name), tmp_path)
+    for source in (tmp_path, tmp_path / "best"):
+        with pytest.raises(FileNotFoundError, match="there is neither a complete checkpoint of a run nor"):
+            load_any(str(source))
 
 
 def swapped(folder: Path, file: str) -> Tokenizer:
