@@ -20,13 +20,12 @@ import numpy as np
 import torch
 
 from palm_pytorch.data.batch import Batch, HeldOut
-from palm_pytorch.data.blocks import SPLITS, split_of
+from palm_pytorch.data.blocks import SHARES, SPLITS, split_of
 from palm_pytorch.data.corpus import fingerprint
 from palm_pytorch.data.order import ROUNDS, epoch_draws, permute
 from palm_pytorch.data.tokenizer import IntegerTokenizer
 from palm_pytorch.data.windows import train_batch
 
-SHARES = (0.05, 0.05)  # of the sequences, to validate and to test on
 DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 ARRAY_FILES = (".npy", ".bin")
 Split = Literal["train", "valid", "test"]

@@ -18,6 +18,7 @@ BLOCK = 1 << 20  # bytes of text
 PIECES = 1 << 12  # and at most so many pieces, where documents are short
 SLICE = 1 << 16
 SPLITS = ("train", "valid", "test")
+SHARES = (0.05, 0.05)  # to validate and to test on, by hash, unless there is much
 FEW = 200  # documents, below which chance may well leave a split empty
 
 
@@ -28,6 +29,7 @@ class Piece(NamedTuple):
     split: int  # a number in SPLITS
     begins: bool  # whether it is the first of its document
     ends: bool  # the last
+    where: str  # for people
 
 
 Block = list[Piece]
@@ -57,7 +59,7 @@ def document_blocks(
     def pieces() -> Iterator[Piece]:
         for document in documents:
             digest, size, text = new_digest(), 0, b""
-            for chunk in document():
+            for chunk in document.chunks():
                 digest.update(chunk)
                 size += len(chunk)
                 text = text + chunk if text and size <= BLOCK else chunk
@@ -68,16 +70,24 @@ def document_blocks(
             else:
                 split = split_of(digest.digest(), shares) if chosen is None else chosen[digest.digest()]
                 if size <= BLOCK:
-                    yield Piece(text, split, True, True)
+                    yield Piece(text, split, True, True, document.where)
                 else:
-                    yield from _mark(cut(document()), split)
+                    yield from _mark(document, split)
 
     return _gather(pieces())
 
 
-def text_blocks(parts: Iterable[Iterable[bytes]]) -> Iterator[Block]:
+def text_blocks(parts: Iterable[Iterable[bytes]], where: str) -> Iterator[Block]:
     """One running text, already split, in blocks; its documents have neither beginning nor end."""
-    return _gather(Piece(text, split, False, False) for split, part in enumerate(parts) for text in cut(part))
+
+    def pieces() -> Iterator[Piece]:
+        start = 0
+        for split, part in enumerate(parts):
+            for text in cut(part):
+                yield Piece(text, split, False, False, _stretch(where, start))
+                start += len(text)
+
+    return _gather(pieces())
 
 
 def split_of(digest: bytes, shares: tuple[float, float]) -> int:
@@ -99,7 +109,7 @@ def few_splits(documents: Iterable[Document], shares: tuple[float, float]) -> di
     sizes: dict[bytes, int] = {}
     for document in documents:
         digest, size = new_digest(), 0
-        for chunk in document():
+        for chunk in document.chunks():
             digest.update(chunk)
             size += len(chunk)
         if size:
@@ -153,12 +163,17 @@ def character_start(text: bytes | bytearray, place: int) -> int:
     return start if text[start] & 0xC0 == 0xC0 else place
 
 
-def _mark(texts: Iterator[bytes], split: int) -> Iterator[Piece]:
-    text, begins = next(texts), True
+def _mark(document: Document, split: int) -> Iterator[Piece]:
+    texts = cut(document.chunks())
+    text, start = next(texts), 0
     for following in texts:
-        yield Piece(text, split, begins, False)
-        text, begins = following, False
-    yield Piece(text, split, begins, True)
+        yield Piece(text, split, start == 0, False, _stretch(document.where, start))
+        text, start = following, start + len(text)
+    yield Piece(text, split, start == 0, True, _stretch(document.where, start))
+
+
+def _stretch(where: str, start: int) -> str:
+    return f"{where}, from byte {start:,} on" if start else where
 
 
 def _gather(pieces: Iterable[Piece]) -> Iterator[Block]:

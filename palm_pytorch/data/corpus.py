@@ -1,7 +1,7 @@
 """A corpus: the bytes of a text, wherever they come from, as one read-only memory map.
 
-No corpus is ever held in memory. A plain file is mapped in place; compressed files and folders are streamed,
-once, into a plain copy under the data folder.
+No corpus is ever held in memory. A plain file is mapped in place; a compressed one is streamed, once, into a
+plain copy under the data folder.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from palm_pytorch.data.streams import (
 
 # What not every installation of the same Python carries, or what is hardly source code.
 NOT_EVERYWHERE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "lib2to3"}
+CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Corpus:
     """A text as bytes.
 
     Attributes:
-        name: `"enwik8"` for its exact bytes, wherever they lie; otherwise the name of the file or folder.
+        name: `"enwik8"` for its exact bytes, wherever they lie; otherwise the name of the file.
         tokens: `(length,)` uint8, a read-only memory map; one token per byte.
         path: the plain file behind the map. `open_corpus(corpus.path, ...)` gives the same tokens.
         origin: one line that tells people where the bytes came from.
@@ -73,9 +74,10 @@ class Published:
         size, sha256 = self.content.size, self.content.sha256
         right = len(corpus.tokens) == size and sha256 in (None, corpus.fingerprint)
         if right and self.alphabet is not None:
-            right = set(np.flatnonzero(np.bincount(corpus.tokens, minlength=256)).tolist()) == set(
-                self.alphabet
-            )
+            found: set[int] = set()
+            for start in range(0, size, CHUNK):  # of each byte numpy makes eight
+                found.update(np.flatnonzero(np.bincount(corpus.tokens[start : start + CHUNK])).tolist())
+            right = found == set(self.alphabet)
         if not right:
             what = f"sha256 {sha256}" if sha256 else f"of {len(self.alphabet or b'')} different ones"
             raise ValueError(
@@ -112,17 +114,18 @@ def open_corpus(source: str | Path | None, data_dir: str | Path) -> Corpus:
     """Opens the corpus that `source` names, after checking all that can be checked before training starts.
 
     Args:
-        source: a file or folder of text, plain or compressed (`.gz`, `.bz2`, `.xz`, `.zip`, `.zst`); the
-            string `"enwik8"` or `"text8"` for these and nothing else; None for Enwik8 or, where it can be
-            neither found nor downloaded, the source code of the running Python's standard library, after a
-            loud message. A folder stands for its files one after the other, as `list_files` sorts them.
+        source: a file of text, plain or compressed (`.gz`, `.bz2`, `.xz`, `.zip`, `.zst`); the string
+            `"enwik8"` or `"text8"` for these and nothing else; None for Enwik8 or, where it can be neither
+            found nor downloaded, the source code of the running Python's standard library, after a loud
+            message.
         data_dir: where downloads and plain copies are looked for and kept.
 
     Several processes may open the same corpus at once, but each then unpacks it for itself: let one go first.
 
     Raises:
         FileNotFoundError: `source` does not exist, or a corpus by name can be neither found nor downloaded.
-        ValueError: a file is damaged, cut short, empty, a device or a pipe, or not what its name says.
+        ValueError: a file is damaged, cut short, empty, a device, a pipe or a folder, or not what its name
+            says.
         ModuleNotFoundError: a `.zst` file, and nothing is installed that reads it.
         OSError: a file cannot be read, or `data_dir` cannot be written. Every message names the file.
     """
@@ -218,19 +221,18 @@ def _download_archive(published: Published, target: Path) -> str:
 def _open_path(source: str | Path, data_dir: Path) -> Corpus:
     path = Path(source).expanduser()
     if source == "" or not path.exists():
-        raise FileNotFoundError(
-            f"{str(source)!r} does not exist: expected a file, a folder, 'enwik8' or 'text8'"
-        )
-    files = list_files(path)
+        raise FileNotFoundError(f"{str(source)!r} does not exist: expected a file, 'enwik8' or 'text8'")
+    if list_files(path) != [path]:
+        raise ValueError(f"{path} is a folder; expected a file, 'enwik8' or 'text8'")
     name = path.resolve().name
-    if files == [path] and not compression(path):
+    if not compression(path):
         return _map(path, name, str(path))
-    states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)]
     key = hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]
-    # Hidden, so that a copy inside the folder that it was made from does not become part of it.
+    # Hidden, so that it is no part of a folder of text in which the data folder lies.
     copy = data_dir / ".cache" / f"{name}-{key}"
     if not copy.exists():
-        publish(read_files(files), copy)
+        publish(read_files([path]), copy)
     return _map(copy, name, f"{path} (plain copy: {copy})")
 
 

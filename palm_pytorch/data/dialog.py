@@ -120,4 +120,6 @@ def parse_message(message: Any, where: str) -> Message:
     role, content = cast(str, message["role"]), cast(str, message["content"])
     if role not in ROLES:
         raise ValueError(f"{where}: role is {role!r}; expected one of {', '.join(ROLES)}")
-    return Message(role, content)
+    # Half a surrogate pair stays, as in a text, as its bytes, which a tokenizer takes as "surrogateescape".
+    kept = content.encode("utf-8", errors="surrogatepass").decode("utf-8", errors="surrogateescape")
+    return Message(role, kept)

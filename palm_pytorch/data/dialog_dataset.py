@@ -7,29 +7,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from palm_pytorch.data.batch import IGNORED, Batch, HeldOut
-from palm_pytorch.data.blocks import SPLITS, split_of
-from palm_pytorch.data.dialog import DialogTemplate, Turn, latest, parse_conversation
+from palm_pytorch.data.blocks import SHARES, SPLITS, split_of
+from palm_pytorch.data.dialog import DialogTemplate, Message, Turn, latest, parse_conversation
 from palm_pytorch.data.order import ROUNDS, epoch_draws, permute
-from palm_pytorch.data.sources import JSON_LINES, kind_of
+from palm_pytorch.data.sources import JSON_LINES, first_record, kind_of, split_lines
 from palm_pytorch.data.streams import list_files, read_files
 from palm_pytorch.data.tokenizer import Tokenizer
 
-SHARES = (0.05, 0.05)  # of the conversations, to validate and to test on
 LOOK_AHEAD = 64  # conversations that are tried for what is left of a row
 
 
 class Packed(NamedTuple):
-    """Conversations one after the other: tokens `(length,)`, which count, and where each ends."""
+    """Conversations one after the other: tokens `(length,)`, which are labels, and where each ends."""
 
     tokens: np.ndarray
     counts: np.ndarray
@@ -37,14 +35,15 @@ class Packed(NamedTuple):
 
 
 class DialogDataset:
-    """The conversations in a file or folder of JSON lines, in rows of `seq_len` tokens.
+    """The conversations in a file of JSON lines or all such of a folder, in rows of `seq_len` tokens.
 
     Rows are packed: conversations follow one another, attention stays inside each, and only what is left at
     the end of a row, too short for one of the next few, is padding. Only responses count. A conversation
     that is longer than a row keeps its latest turns, as it would in `palm chat`; `cut` is how many did.
 
     Every twentieth conversation is held out to validate on and another one to test on, as a hash of its
-    text decides, wherever it is in the file.
+    text decides, wherever it is in the file. `passed_over` is how many files of a folder are of other kinds,
+    as a README.
 
     Raises:
         ValueError: a record is no conversation, which is said with file and line, or there are too few.
@@ -59,10 +58,12 @@ class DialogDataset:
         digest = hashlib.sha256(f"dialog {tokenizer.fingerprint}".encode())
         found: dict[str, list[Turn]] = {split: [] for split in SPLITS}
         self.cut = 0
-        for line, turns in self._read(path):
+        files = list(json_lines_files(path))
+        self.passed_over = len(list_files(path)) - len(files)
+        for line, turns in self._read(files):
             digest.update(line)
             self.cut += sum(len(turn.tokens) for turn in turns) > seq_len + 1
-            split = SPLITS[split_of(hashlib.sha256(line.strip()).digest(), SHARES)]
+            split = SPLITS[split_of(hashlib.sha256(line).digest(), SHARES)]
             found[split].append(latest(turns, seq_len + 1))
         self.fingerprint = digest.hexdigest()
         self.splits = {split: pack(conversations, tokenizer.dtype) for split, conversations in found.items()}
@@ -73,25 +74,22 @@ class DialogDataset:
                     f"tokens, fall to {split}; expected more than seq_len={seq_len} tokens"
                 )
 
-    def _read(self, path: Path) -> Iterator[tuple[bytes, list[Turn]]]:
+    def _read(self, files: Iterable[Path]) -> Iterator[tuple[bytes, list[Turn]]]:
         """Each line and its turns, up to the last response."""
-        for file in list_files(path):
-            for number, line in enumerate(b"".join(read_files([file])).splitlines(), 1):
-                if not line.strip():
-                    continue
-                try:
-                    messages = parse_conversation(json.loads(line))
-                except ValueError as error:
-                    raise ValueError(f"{file}, line {number:,}: {error}") from error
+        for where, line, messages in read_conversations(files):
+            try:
                 turns = [self.template.turn(message) for message in messages]
-                while not turns[-1].counts.any():
-                    turns.pop()
-                yield line, turns
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+            while not turns[-1].counts.any():
+                turns.pop()
+            yield line, turns
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{split} {len(packed.ends):,}" for split, packed in self.splits.items())
         cut = f"; {self.cut:,} cut to their latest turns" if self.cut else ""
-        return f"{self.name}: {self.origin}; conversations to {sizes}{cut}; {self.tokenizer}"
+        others = f"; {self.passed_over:,} other files passed over" if self.passed_over else ""
+        return f"{self.name}: {self.origin}; conversations to {sizes}{cut}{others}; {self.tokenizer}"
 
     def batch(self, *, seed: int, index: int, rows: range) -> Batch:
         """See `Dataset.batch`: each batch is packed from a random order of its own."""
@@ -153,28 +151,47 @@ def lay_out(packed: Packed, rows: Sequence[Sequence[int]], seq_len: int) -> Batc
 
 
 def is_dialog(path: Path) -> bool:
-    """Whether a file, or the first of a folder, is of JSON lines with "messages"."""
-    file = next(iter(list_files(path)), None)
-    if file is None or kind_of(file) not in JSON_LINES:
-        return False
-    with closing(cast(Generator[bytes, None, None], read_files([file]))) as chunks:
-        head = next(chunks, b"")
-    line = head.lstrip().partition(b"\n")[0]
-    try:
-        record = json.loads(line)
-    except ValueError:  # longer than a chunk, or damaged, which is to be said with its line
-        return b'"messages"' in line
-    return isinstance(record, dict) and "messages" in record
+    """Whether a file, or the first of a folder that is of JSON lines, begins with an object of "messages"."""
+    record = next(map(first_record, json_lines_files(path)), None) if path.exists() else None
+    return record is not None and "messages" in record
+
+
+def json_lines_files(path: Path) -> Iterator[Path]:
+    """A file, or those in a folder, if it is of JSON lines and not empty."""
+    return (file for file in list_files(path) if kind_of(file) in JSON_LINES and file.stat().st_size)
+
+
+def read_conversations(
+    files: Iterable[Path], *, show: bool = True
+) -> Iterator[tuple[str, bytes, list[Message]]]:
+    """The conversations in files of JSON lines: where each is, its line, and its messages.
+
+    Raises:
+        ValueError: a line is no conversation. Every message names file and line.
+        OSError: a file cannot be read.
+    """
+    for file in files:
+        for number, line in enumerate(map(bytes.strip, split_lines(read_files([file], show=show))), 1):
+            if not line:
+                continue
+            where = f"{file}, line {number:,}"
+            try:
+                messages = parse_conversation(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+            yield where, line, messages
 
 
 def pack(conversations: Sequence[Turn], dtype: np.dtype[Any]) -> Packed:
-    """Conversations as one stream."""
+    """Conversations as one stream. The first token of each follows nothing, and is no label."""
     tokens, counts = [np.zeros(0, dtype)], [np.zeros(0, bool)]
     for conversation in conversations:
         tokens.append(conversation.tokens)
         counts.append(conversation.counts)
     ends = np.cumsum([len(conversation.tokens) for conversation in conversations], dtype=np.int64)
-    return Packed(np.concatenate(tokens), np.concatenate(counts), ends)
+    packed = Packed(np.concatenate(tokens), np.concatenate(counts), ends)
+    packed.counts[np.concatenate([[0], ends])[: len(ends)]] = False
+    return packed
 
 
 def pack_rows(lengths: np.ndarray, room: int, seed: int, index: int, rows: range) -> list[list[int]]:

@@ -39,7 +39,11 @@ class Encoded(NamedTuple):
 
 def encode_block(block: Block, tokenizer: Tokenizer, invalid_bytes: InvalidBytes) -> list[Encoded]:
     """The tokens of a block, for each of `SPLITS`. A document that ends in it gets an end token."""
-    encoded = tokenizer.encode_batch([piece.text for piece in block], invalid_bytes)
+    try:
+        encoded = tokenizer.encode_batch([piece.text for piece in block], invalid_bytes)
+    except ValueError:
+        _name_refused(block, tokenizer, invalid_bytes)
+        raise
     end_token = np.array([] if tokenizer.eos_token is None else [tokenizer.eos_token], dtype=tokenizer.dtype)
     result = []
     for split in range(len(SPLITS)):
@@ -65,13 +69,22 @@ def encode_block(block: Block, tokenizer: Tokenizer, invalid_bytes: InvalidBytes
     return result
 
 
+def _name_refused(block: Block, tokenizer: Tokenizer, invalid_bytes: InvalidBytes) -> None:
+    """Raise the ValueError of the first refused piece, with its place, which a batch does not tell."""
+    for piece in block:
+        try:
+            tokenizer.encode(piece.text, invalid_bytes)
+        except ValueError as error:
+            raise ValueError(f"{piece.where}: {error}") from error
+
+
 def encode_blocks(
     blocks: Iterable[Block], tokenizer: Tokenizer, *, workers: int, invalid_bytes: InvalidBytes
 ) -> Iterator[list[Encoded]]:
     """`encode_block` of each, in order, by `workers` processes, or in this one if that is 1.
 
     Raises:
-        ValueError: as `Tokenizer.encode`.
+        ValueError: as `Tokenizer.encode`, with where the text is.
         ChildProcessError: a worker died.
     """
     if workers == 1:

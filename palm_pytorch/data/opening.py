@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from palm_pytorch.data.arrays import is_array, open_array
 from palm_pytorch.data.batch import Dataset
@@ -54,11 +53,10 @@ def open_dataset(
         FileNotFoundError, ValueError, ModuleNotFoundError, OSError: as `open_corpus`, `open_source`,
             `prepare` and `PackedDataset`.
     """
+    _expect_name(source)
     folder = None if source is None else Path(source).expanduser()
     array = folder is not None and is_array(folder)
-    dialog = (
-        folder is not None and not array and folder.exists() and not is_prepared(folder) and is_dialog(folder)
-    )
+    dialog = folder is not None and not array and not is_prepared(folder) and is_dialog(folder)
     if (array or dialog) and documents == "across":
         raise ValueError(f"documents is 'across'; expected 'inside' for {source}, which has no running text")
     if folder is not None and array:
@@ -81,7 +79,7 @@ def open_dataset(
         )
         if isinstance(found, Corpus) and isinstance(tokenizer or ByteTokenizer(), ByteTokenizer):
             return TextDataset(found, seq_len)
-        folder = _prepare_once(found, Path(data_dir), tokenizer or ByteTokenizer())
+        folder = _prepare_once(found, folder, Path(data_dir), tokenizer or ByteTokenizer())
     return PackedDataset(
         folder,
         seq_len,
@@ -104,15 +102,20 @@ def open_text(
     documents.
 
     Raises:
-        ValueError: it holds integers or conversations, which are read as they lie.
+        ValueError: it holds integers, conversations or tokens, which are read as they lie.
         And as `open_corpus` and `open_source`.
     """
+    _expect_name(source)
     if source is None or find_published(source):
         return open_corpus(source, data_dir)
     path = Path(source).expanduser()
     if is_array(path):
         raise ValueError(f"{path} holds integers; expected text, since integers are trained on as they lie")
-    if path.exists() and is_dialog(path):
+    if is_prepared(path):
+        raise ValueError(
+            f"{path} holds tokens; expected text, since what is prepared is trained on as it lies"
+        )
+    if is_dialog(path):
         raise ValueError(
             f"{path} holds conversations; expected documents, since conversations are trained on as they lie"
         )
@@ -121,12 +124,23 @@ def open_text(
     return open_source(source, text_column=text_column, config=data_config, split=data_split)
 
 
-def _prepare_once(found: Source | Corpus, data_dir: Path, tokenizer: Tokenizer) -> Path:
-    identity = found.identity if isinstance(found, Source) else found.fingerprint
+def _expect_name(source: str | Path | None) -> None:
+    if source == "":  # a variable of a shell that is not set; as a path it would be the current folder
+        raise ValueError("source is ''; expected a file, a folder or a name, as --data has them")
+
+
+def _prepare_once(found: Source | Corpus, path: Path | None, data_dir: Path, tokenizer: Tokenizer) -> Path:
+    identity: Any = found.identity if isinstance(found, Source) else found.fingerprint
+    if isinstance(found, Source) and path is not None and path.exists():
+        # Other files may have the same names in their folder, sizes and times.
+        identity = (*found.identity, str(path.resolve()))
     key = hashlib.sha256(json.dumps([identity, tokenizer.fingerprint]).encode()).hexdigest()[:16]
     folder = data_dir / ".cache" / f"{found.name}-{key}"
     if not is_prepared(folder):
         print(f"preparing {found.origin} in {folder}")
-        with suppress(FileExistsError):  # another process, for which this one has waited, has just done it
+        try:
             prepare(found, folder, tokenizer)
+        except FileExistsError as error:
+            if not is_prepared(folder):  # by another process, for which this one has waited
+                raise ValueError(f"{folder} is damaged; remove it, and it is prepared again") from error
     return folder

@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from palm_pytorch.data.blocks import Block, character_start, document_blocks, few_splits, text_blocks
+from palm_pytorch.data.blocks import SHARES, Block, character_start, document_blocks, few_splits, text_blocks
 from palm_pytorch.data.corpus import Corpus
 from palm_pytorch.data.encoding import encode_blocks
 from palm_pytorch.data.shards import HELD_OUT, Manifest, Part, PartWriter, file_digest, write_json
@@ -28,7 +28,8 @@ from palm_pytorch.data.sources import Source
 from palm_pytorch.data.tokenizer import ByteTokenizer, InvalidBytes, Tokenizer
 
 SHARD_TOKENS = 1 << 27
-SMALL = 1 << 30  # bytes of files, up to which 5% each are held out, and beyond that 0.5%
+SMALL = 1 << 30  # bytes of files, up to which `SHARES` are held out, and beyond that these:
+SHARES_OF_MUCH = (0.005, 0.005)
 SLICE = 1 << 20
 
 
@@ -66,7 +67,8 @@ def prepare(
 
     Args:
         tokenizer: bytes, if None.
-        valid_share, test_share: of documents; 5% each for files of up to 1 GiB, and 0.5% beyond.
+        valid_share, test_share: of documents; 5% each for files of up to 1 GiB, and 0.5% beyond. Where it is
+            not known how much there is, as on the hub, 5% of fewer than 200 documents, and 0.5% of more.
         deduplicate: drop all but the first of documents that are equal byte by byte.
         max_documents: read no more than so many.
         invalid_bytes: see `Tokenizer.encode`.
@@ -80,19 +82,11 @@ def prepare(
         OSError: the disk is full, or something cannot be read or written. What is done stays, and the same
             call goes on from there.
     """
-    tokenizer, folder = tokenizer or ByteTokenizer(), Path(folder)
+    tokenizer, folder = tokenizer or ByteTokenizer(), Path(folder).resolve()  # "." has no name
     documents = isinstance(source, Source)
-    shares = _check_options(source, tokenizer, valid_share, test_share, max_documents, workers, shard_tokens)
-    options = {
-        "valid_share": shares[0] if documents else None,
-        "test_share": shares[1] if documents else None,
-        "deduplicate": deduplicate,
-        "max_documents": max_documents,
-        "invalid_bytes": invalid_bytes,
-        "shard_tokens": shard_tokens,
-    }
-    identity = source.identity if isinstance(source, Source) else source.fingerprint
-    request = {"source": identity, "tokenizer": tokenizer.fingerprint, "options": options}
+    given = (valid_share, test_share)
+    _check_options(source, tokenizer, given, deduplicate, max_documents, workers, shard_tokens)
+    shares, chosen = SHARES, None
     if isinstance(tokenizer, ByteTokenizer):
         workers = 1  # to hand a block to another process takes longer than to encode it
 
@@ -100,9 +94,21 @@ def prepare(
         if folder.exists() and any(folder.iterdir()):
             raise FileExistsError(f"{folder} exists and is not empty; expected a new folder")
         partial, progress = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "progress"))
-        chosen = None
-        if isinstance(source, Source) and is_small(source):
+        if isinstance(source, Source):
+            shares = _shares(source, given, few=True)
             chosen = few_splits(islice(source.documents(), max_documents), shares)
+            if chosen is None:
+                shares = _shares(source, given, few=False)
+        options = {
+            "valid_share": shares[0] if documents else None,
+            "test_share": shares[1] if documents else None,
+            "deduplicate": deduplicate,
+            "max_documents": max_documents,
+            "invalid_bytes": invalid_bytes,
+            "shard_tokens": shard_tokens,
+        }
+        identity = source.identity if isinstance(source, Source) else source.fingerprint
+        request = {"source": identity, "tokenizer": tokenizer.fingerprint, "options": options}
         done = _resume(partial, progress, json.loads(json.dumps(request)), tokenizer)
         dropped: Counter[str] = Counter({"empty": 0, "duplicates": 0})
         if isinstance(source, Source):
@@ -148,33 +154,40 @@ def prepare(
 def _check_options(
     source: Source | Corpus,
     tokenizer: Tokenizer,
-    valid_share: float | None,
-    test_share: float | None,
+    shares: tuple[float | None, float | None],
+    deduplicate: bool,
     max_documents: int | None,
     workers: int,
     shard_tokens: int,
-) -> tuple[float, float]:
+) -> None:
     counts = {"max_documents": max_documents, "workers": workers, "shard_tokens": shard_tokens}
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ValueError(f"{name}={count}: expected at least 1")
     if isinstance(source, Corpus):
-        of_documents = {"valid_share": valid_share, "test_share": test_share, "max_documents": max_documents}
+        of_documents = {
+            **{"valid_share": shares[0], "test_share": shares[1]},
+            **{"deduplicate": deduplicate or None, "max_documents": max_documents},
+        }
         for name, value in of_documents.items():
             if value is not None:
                 raise ValueError(f"{name}={value}: {source.origin} is one text, and is split 90%, 5%, 5%")
-        return 0.05, 0.05
-    share = 0.05 if is_small(source) else 0.005
-    valid, test = (share if given is None else given for given in (valid_share, test_share))
+    else:
+        _shares(source, shares, few=True)
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                f"tokenizer: {tokenizer} has no end token, and documents are to be kept apart by it"
+            )
+
+
+def _shares(source: Source, given: tuple[float | None, float | None], few: bool) -> tuple[float, float]:
+    """What is held out of documents, `given` or usual; `few` counts where their size is not known."""
+    small = few if source.num_bytes is None else source.num_bytes <= SMALL
+    usual = SHARES if small else SHARES_OF_MUCH
+    valid, test = (share if asked is None else asked for asked, share in zip(given, usual, strict=True))
     if not (valid > 0 and test > 0 and valid + test < 1):
         raise ValueError(f"valid_share={valid}, test_share={test}: expected above 0, and below 1 together")
-    if tokenizer.eos_token is None:
-        raise ValueError(f"tokenizer: {tokenizer} has no end token, and documents are to be kept apart by it")
     return valid, test
-
-
-def is_small(source: Source) -> bool:
-    return source.num_bytes is not None and source.num_bytes <= SMALL
 
 
 def _corpus_blocks(corpus: Corpus) -> Iterator[Block]:
@@ -189,7 +202,7 @@ def _corpus_blocks(corpus: Corpus) -> Iterator[Block]:
     def read(start: int, end: int) -> Iterator[bytes]:
         return (bytes(tokens[at : min(at + SLICE, end)]) for at in range(start, end, SLICE))
 
-    return text_blocks(read(start, end) for start, end in pairwise(edges))
+    return text_blocks((read(start, end) for start, end in pairwise(edges)), corpus.origin)
 
 
 def _write_shards(

@@ -148,7 +148,10 @@ class Manifest:
 
 
 def is_prepared(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file() and (folder / "train-00000.bin").is_file()
+    """Whether a folder is of prepared data, of which even the first shard may be missing."""
+    return (folder / MANIFEST).is_file() and any(
+        (folder / f"{name}.bin").is_file() for name in ("train-00000", *HELD_OUT)
+    )
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -162,7 +165,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["version"] != VERSION:
-            raise ValueError(f"{path}: version {content['version']}, expected {VERSION}; prepare it again")
+            raise ValueError(f"{path}: version {content['version']}, expected {VERSION}; {_again(folder)}")
         content.pop("counts")
         fingerprint = content.pop("fingerprint")
         content["train"] = tuple(Part(**part) for part in content["train"])
@@ -170,10 +173,14 @@ def read_manifest(folder: Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(f"{folder}: expected a folder of prepared data, found no {path}") from error
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged, or not a manifest: {error!r}") from error
+        raise ValueError(f"{path} is damaged, or not a manifest: {error!r}; {_again(folder)}") from error
     if manifest.fingerprint != fingerprint:
-        raise ValueError(f"{path} is damaged: its fingerprint is not that of what it lists")
+        raise ValueError(f"{path} is damaged: its fingerprint is not that of what it lists; {_again(folder)}")
     return manifest
+
+
+def _again(folder: Path) -> str:
+    return f"remove {folder} and prepare it again"
 
 
 def verify(folder: Path, manifest: Manifest, *, limit: int | None = None) -> None:
@@ -191,11 +198,11 @@ def verify(folder: Path, manifest: Manifest, *, limit: int | None = None) -> Non
             path = folder / name
             if not path.is_file():
                 raise FileNotFoundError(
-                    f"{path} is missing, which {folder / MANIFEST} lists; prepare it again"
+                    f"{path} is missing, which {folder / MANIFEST} lists; {_again(folder)}"
                 )
             if path.stat().st_size != size:
                 raise ValueError(
-                    f"{path} is damaged: {path.stat().st_size:,} bytes, expected {size:,}; prepare it again"
+                    f"{path} is damaged: {path.stat().st_size:,} bytes, expected {size:,}; {_again(folder)}"
                 )
     total = sum(size for part in parts for _, size, _ in part.files(dtype))
     step = 1 if limit is None else max(1, -(-total // limit))
@@ -208,7 +215,7 @@ def verify(folder: Path, manifest: Manifest, *, limit: int | None = None) -> Non
             found = file_digest(folder / name, size).hexdigest()
             if found != expected:
                 raise ValueError(
-                    f"{folder / name} is damaged: its sha256 is {found}, not {expected}; prepare it again"
+                    f"{folder / name} is damaged: its sha256 is {found}, not {expected}; {_again(folder)}"
                 )
             bar.update(size)
 

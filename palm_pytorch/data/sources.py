@@ -5,13 +5,15 @@ One record is one document, and so is one file of text. No source is ever held i
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from palm_pytorch.data.streams import MAGIC, compression, list_files, read_files
 
@@ -26,8 +28,12 @@ SAVED_DATASET = ("state.json", "dataset_dict.json")  # what `datasets` saves bes
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 RECORDS = 256  # that are read at a time
 
-# The bytes of a document, in chunks, from the first each time that it is called.
-Document = Callable[[], Iterator[bytes]]
+
+class Document(NamedTuple):
+    """Where a document is, for people, and what gives its bytes, in chunks, from the first at each call."""
+
+    where: str
+    chunks: Callable[[], Iterator[bytes]]
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,9 @@ def open_source(
     """The documents that `source` names, after checking all that can be checked before they are read.
 
     Args:
-        source: a file or folder of text (a document each), JSON lines (`.jsonl`, `.ndjson`, `.json`) and
-            parquet, compressed or not; a folder that `datasets` saved; "hf:" and the name of a data set on
-            the hub, or one of `HUB_NAMES`.
+        source: a file or folder of text (a document each), JSON lines (`.jsonl`, `.ndjson`, and a `.json`
+            whose first line is an object) and parquet, compressed or not; a folder that `datasets` saved;
+            "hf:" and the name of a data set on the hub, or one of `HUB_NAMES`.
         text_column: where the text of a record is.
         config, split: of a Hugging Face data set.
 
@@ -97,10 +103,29 @@ def open_source(
 
 
 def kind_of(path: Path) -> str:
-    """What a file holds by its name, less the suffix of its compression: a suffix, or "" for text."""
+    """What a file holds: the suffix of its name, less that of its compression, or "" for text.
+
+    A `.json` is text, as a package.json, unless its first line is an object.
+    """
     named = path.with_suffix("") if path.suffix.lower() in MAGIC else path
     suffix = named.suffix.lower()
+    if suffix == ".json" and first_record(path) is None:
+        return ""
     return suffix if suffix in (*JSON_LINES, ".parquet") else ""
+
+
+def first_record(path: Path) -> dict[str, Any] | None:
+    """The object in the first line of a file that is not blank; None if there is no whole one."""
+    with closing(read_files([path], show=False)) as chunks:
+        start = next(filter(None, map(bytes.lstrip, chunks)), b"")
+        # Other lines are not read whole: that of an array may be all of a large file.
+        may_be = start.startswith((b"{", codecs.BOM_UTF8))
+        line = next(split_lines(chain([start], chunks))) if may_be else b""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _read_file(path: Path, column: str) -> Iterator[Document]:
@@ -112,11 +137,11 @@ def _read_file(path: Path, column: str) -> Iterator[Document]:
     elif kind in JSON_LINES:
         yield from _read_json_lines(path, column)
     else:
-        yield lambda: read_files([path], show=False)
+        yield Document(str(path), lambda: read_files([path], show=False))
 
 
 def _read_json_lines(path: Path, column: str) -> Iterator[Document]:
-    for number, line in enumerate(_lines(read_files([path], show=False)), 1):
+    for number, line in enumerate(split_lines(read_files([path], show=False)), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number:,}"
@@ -130,7 +155,8 @@ def _read_json_lines(path: Path, column: str) -> Iterator[Document]:
         yield _record(record, column, where)
 
 
-def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a text in chunks, without their ends; the last may be empty."""
     rest: list[bytes] = []
     for chunk in chunks:
         *lines, last = chunk.split(b"\n")
@@ -154,9 +180,9 @@ def _read_parquet(path: Path, column: str) -> Iterator[Document]:
         with parquet.ParquetFile(path) as file:
             if column not in file.schema_arrow.names:
                 raise _no_column(str(path), column, file.schema_arrow.names)
-            for batch in file.iter_batches(RECORDS, columns=[column]):
-                for text in batch.column(0).to_pylist():
-                    yield _record({column: text}, column, str(path))
+            batches = (batch.column(0).to_pylist() for batch in file.iter_batches(RECORDS, columns=[column]))
+            for number, text in enumerate(chain.from_iterable(batches), 1):
+                yield _record({column: text}, column, f"{path}, row {number:,}")
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is damaged, or not a parquet file: {error}") from error
 
@@ -236,7 +262,7 @@ def _record(record: dict[str, Any], column: str, where: str) -> Document:
         text = text.encode("utf-8", errors="surrogatepass")
     if not isinstance(text, bytes):
         raise ValueError(f"{where}: column {column!r} holds {type(text).__name__}; expected text")
-    return lambda: iter((text,))
+    return Document(where, lambda: iter((text,)))
 
 
 def _no_column(where: str, column: str, found: list[str]) -> ValueError:

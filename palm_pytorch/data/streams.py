@@ -8,13 +8,14 @@ import hashlib
 import lzma
 import os
 import queue
+import re
 import stat
 import sys
 import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -27,12 +28,13 @@ from tqdm.utils import CallbackIOWrapper
 
 # A file's first bytes decide, not its name: compressed bytes that lost their suffix must not pass for text.
 MAGIC = {
-    ".gz": b"\x1f\x8b",
-    ".bz2": b"BZh",
-    ".xz": b"\xfd7zXZ\0",
-    ".zip": b"PK\x03\x04",
-    ".zst": b"\x28\xb5\x2f\xfd",
+    ".gz": rb"\x1f\x8b",
+    ".bz2": rb"BZh[1-9]",  # a text may well begin with the letters alone
+    ".xz": rb"\xfd7zXZ\0",
+    ".zip": rb"PK\x03\x04",
+    ".zst": rb"\x28\xb5\x2f\xfd",
 }
+MAGIC_BYTES = 6  # of the longest
 CHUNK = 1 << 16
 CONNECT_SECONDS = 6  # for an address to answer, name look-up included
 STALL_SECONDS = 20  # without a byte, after which a download that had begun is given up
@@ -82,15 +84,15 @@ def compression(path: Path) -> str:
         ValueError: the file's own suffix says otherwise.
     """
     with path.open("rb") as file:
-        head = file.read(max(map(len, MAGIC.values())))
-    kind = next((suffix for suffix, magic in MAGIC.items() if head.startswith(magic)), "")
+        head = file.read(MAGIC_BYTES)
+    kind = next((suffix for suffix, magic in MAGIC.items() if re.match(magic, head)), "")
     named = path.suffix.lower()
     if named in MAGIC and named != kind:
         raise ValueError(f"{path} is damaged or not a {named} file: it begins with {head!r}")
     return kind
 
 
-def read_files(paths: list[Path], *, show: bool = True) -> Iterator[bytes]:
+def read_files(paths: list[Path], *, show: bool = True) -> Generator[bytes, None, None]:
     """The plain bytes of files, one file after the other, in chunks; `show` draws one progress bar.
 
     Raises:

@@ -52,7 +52,7 @@ class SentencePieceTokenizer(Tokenizer):
             # The merges of a BPE are scored by whole numbers.
             and all(self.pieces.get_score(token).is_integer() for token in known)
             # No piece holds a new line and more, or goes on after a word's end: words are apart.
-            and not any(re.search(rb"[^ ] |\n.|.\n", self.contents[token]) for token in known)
+            and not any(re.search(rb"(?s)[^ ] |\n.|.\n", self.contents[token]) for token in known)
         )
         self.words: dict[str, list[int]] = {}
 
@@ -113,7 +113,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.rules.encode_special_tokens = True  # "</s>" in a text is text
         self.rules.no_truncation()
         self.rules.no_padding()
-        self.num_tokens = self.rules.get_vocab_size()
+        # Ids may leave gaps, so that the largest says more than how many there are.
+        self.num_tokens = 1 + max(self.rules.get_vocab(with_added_tokens=True).values())
         special = {
             added.content: n for n, added in self.rules.get_added_tokens_decoder().items() if added.special
         }

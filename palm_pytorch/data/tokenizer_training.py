@@ -28,6 +28,7 @@ def train_tokenizer(texts: Iterable[str], *, kind: TokenizerKind = "bpe", vocab_
 
     Raises:
         ValueError: the texts are too few for so many tokens, or need more; the message says how many.
+        Exception: whatever reading the texts raises.
         ModuleNotFoundError: sentencepiece is not installed.
     """
     try:
@@ -50,12 +51,21 @@ def train_tokenizer(texts: Iterable[str], *, kind: TokenizerKind = "bpe", vocab_
         **{"num_threads": os.cpu_count(), "minloglevel": 2},
     }
     written = io.BytesIO()
+    failures: list[BaseException] = []
+
+    def read() -> Iterator[str]:
+        try:
+            yield from sentences(texts)
+        except (Exception, KeyboardInterrupt) as error:  # of which SentencePiece passes on the words alone
+            failures.append(error)
+            raise
+
     sentencepiece.set_random_generator_seed(0)
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences(texts), model_writer=written, **options
-        )
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=read(), model_writer=written, **options)
     except RuntimeError as error:
+        if failures:
+            raise failures[0] from None
         raise ValueError(why(str(error), vocab_size)) from error
     return written.getvalue()
 

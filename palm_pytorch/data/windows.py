@@ -13,8 +13,6 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from palm_pytorch.data.corpus import Corpus
 
-NUM_TOKENS = 256  # a token is a byte
-
 
 class Splits(NamedTuple):
     """Three consecutive parts of a corpus, each `(length,)` uint8."""
@@ -70,25 +68,8 @@ def train_batch(tokens: np.ndarray, *, seq_len: int, seed: int, step: int, rows:
     # Raw draws, because numpy may change its distributions from version to version. The remainder's bias
     # towards early positions is below 1e-7 for any corpus under a terabyte.
     draws = np.random.Philox(key=np.array([seed, step], dtype=np.uint64)).random_raw(max(rows) + 1)
-    return _to_tensor(windows[draws[np.asarray(rows)] % np.uint64(len(windows))])
-
-
-def encode_bytes(text: str | bytes) -> torch.Tensor:
-    """The tokens `(n,)` int64 of a text: its bytes, in UTF-8.
-
-    Bytes that are not UTF-8 and reached Python from a command line come through as they were.
-    """
-    encoded = text.encode("utf-8", errors="surrogateescape") if isinstance(text, str) else text
-    return _to_tensor(np.frombuffer(encoded, dtype=np.uint8))
-
-
-def decode_bytes(tokens: torch.Tensor | np.ndarray) -> str:
-    """The text of tokens `(n,)`, for display: what is not valid UTF-8 becomes U+FFFD.
-
-    Raises:
-        ValueError: a token is not a byte, 0 to 255.
-    """
-    return bytes(tokens.tolist()).decode("utf-8", errors="replace")
+    chosen = windows[draws[np.asarray(rows)] % np.uint64(len(windows))]
+    return torch.from_numpy(chosen.astype(np.int64))
 
 
 def _windows(tokens: np.ndarray, seq_len: int) -> np.ndarray:
@@ -97,10 +78,6 @@ def _windows(tokens: np.ndarray, seq_len: int) -> np.ndarray:
     if len(tokens) <= seq_len:
         raise ValueError(f"tokens: {len(tokens)} of them, expected at least seq_len + 1 = {seq_len + 1}")
     return sliding_window_view(tokens, seq_len + 1)
-
-
-def _to_tensor(windows: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(windows.astype(np.int64))
 
 
 def _check_positive(name: str, value: int) -> None:

@@ -37,7 +37,7 @@ class PrepareOptions:
     )
     valid_share: float | None = option(
         "documents",
-        "to validate on (default: 0.05; of more than 1 GiB of files, 0.005)",
+        "to validate on (default: 0.05; of more than 1 GiB of files, or 200 documents of the hub, 0.005)",
         FRACTION,
         default=None,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from palm_pytorch.data.corpus import Corpus
+from palm_pytorch.data.dialog_dataset import is_dialog, json_lines_files, read_conversations
 from palm_pytorch.data.opening import open_text
 from palm_pytorch.data.streams import publish
 from palm_pytorch.data.tokenizer import InvalidBytes, Tokenizer, load_tokenizer
@@ -39,7 +40,7 @@ class TokenizerOptions:
     data_dir: str = option("text", "where Enwik8 is looked for and downloads are kept", default="data")
 
     def __post_init__(self) -> None:
-        check_options(type(self), {spec.name: getattr(self, spec.name) for spec in fields(self)})
+        check_options(type(self), vars(self))
 
 
 def train_on(sources: Sequence[str], options: TokenizerOptions) -> Tokenizer:
@@ -60,14 +61,20 @@ def train_on(sources: Sequence[str], options: TokenizerOptions) -> Tokenizer:
 
 
 def read_text(source: str, options: TokenizerOptions) -> Iterator[str]:
-    """The text of a source in chunks, for which it is opened at once."""
-    found = open_text(source, options.data_dir, text_column=options.text_column)
+    """The text of a source in chunks, for which it is opened at once; of conversations, what is said."""
+    path = Path(source).expanduser()
     parts: Iterator[Iterator[bytes]]
-    if isinstance(found, Corpus):
-        tokens = found.tokens
-        parts = iter([(tokens[at : at + CHUNK].tobytes() for at in range(0, len(tokens), CHUNK))])
+    if source and is_dialog(path):
+        conversations = read_conversations(json_lines_files(path), show=False)
+        said = (message.content for _, _, messages in conversations for message in messages)
+        parts = (iter([content.encode("utf-8", errors="surrogateescape")]) for content in said)
     else:
-        parts = (document() for document in found.documents())
+        found = open_text(source, options.data_dir, text_column=options.text_column)
+        if isinstance(found, Corpus):
+            tokens = found.tokens
+            parts = iter([(tokens[at : at + CHUNK].tobytes() for at in range(0, len(tokens), CHUNK))])
+        else:
+            parts = (document.chunks() for document in found.documents())
     return (text for part in parts for text in codecs.iterdecode(part, "utf-8", errors="replace"))
 
 

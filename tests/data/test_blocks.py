@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import pytest
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from palm_pytorch.data import blocks
 from palm_pytorch.data.blocks import FEW, Piece, cut, document_blocks, few_splits, split_of, text_blocks
 from palm_pytorch.data.duplicates import Seen
+from palm_pytorch.data.sources import Document
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "PIECES", 4)
 
 
-def document(*chunks: bytes) -> Callable[[], Iterator[bytes]]:
-    return lambda: iter(chunks)
+def document(*chunks: bytes) -> Document:
+    return Document("a document", lambda: iter(chunks))
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -66,10 +66,12 @@ def test_every_document_goes_whole_to_one_split(texts: list[bytes], chunk: int, 
     joined: list[Piece] = []
     for piece in pieces:
         if piece.begins:
+            assert piece.where == "a document"
             joined.append(piece)
         else:
             assert not joined[-1].ends and joined[-1].split == piece.split
-            joined[-1] = Piece(joined[-1].text + piece.text, piece.split, True, piece.ends)
+            assert piece.where == f"a document, from byte {len(joined[-1].text)} on"
+            joined[-1] = joined[-1]._replace(text=joined[-1].text + piece.text, ends=piece.ends)
     kept = [text for text in texts if text]
     if deduplicate:
         kept = list(dict.fromkeys(kept))
@@ -89,8 +91,11 @@ def test_shares_are_kept() -> None:
 
 
 def test_a_running_text_has_no_documents() -> None:
-    assert list(text_blocks([[b"ab", b"c"], [], [b"d"]])) == [
-        [Piece(b"abc", 0, False, False), Piece(b"d", 2, False, False)]
+    assert list(text_blocks([[b"ab", b"c"], [], [b"d"]], "a text")) == [
+        [
+            Piece(b"abc", 0, False, False, "a text"),
+            Piece(b"d", 2, False, False, "a text, from byte 3 on"),
+        ]
     ]
 
 

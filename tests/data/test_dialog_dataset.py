@@ -14,7 +14,7 @@ import torch
 from palm_pytorch.data.batch import IGNORED
 from palm_pytorch.data.dialog_dataset import LOOK_AHEAD, DialogDataset, is_dialog, pack_rows
 from palm_pytorch.data.opening import open_dataset
-from palm_pytorch.data.tokenizer import ByteTokenizer
+from palm_pytorch.data.tokenizer import ByteTokenizer, InvalidBytes
 
 
 def conversation(n: int, turns: int) -> dict[str, Any]:
@@ -103,6 +103,14 @@ def test_bytes_are_those_of_responses(data: DialogDataset) -> None:
     assert held_out.num_bytes == held_out.num_labels == len("".join(responses))
 
 
+def test_bytes_are_those_of_labels_where_the_last_turn_is_too_long(chats: Path) -> None:
+    """Of such a turn the first token that is kept has nothing before it in its row."""
+    for seq_len in (1, 5, 16):
+        held_out = DialogDataset(chats, ByteTokenizer(), seq_len).held_out("valid")
+        labels = torch.cat([batch.labels.flatten() for batch in held_out.batches(seq_len, 3)])
+        assert held_out.num_bytes == held_out.num_labels == int((labels != IGNORED).sum()) > 0
+
+
 def test_windows_to_score_hold_whole_conversations(data: DialogDataset) -> None:
     held_out = data.held_out("valid")
     batches = [*held_out.batches(SEQ_LEN, 3)]
@@ -176,6 +184,56 @@ def test_recognised_and_opened_from_any_kind_of_file(
     (tmp_path / "text.jsonl").write_text('{"text": "messages"}\n')
     (tmp_path / "text.txt").write_text(lines[0])
     assert not is_dialog(tmp_path / "text.jsonl") and not is_dialog(tmp_path / "text.txt")
+    assert not is_dialog(tmp_path / "nowhere")
+
+
+def test_other_files_of_a_folder_are_passed_over(chats: Path, tmp_path: Path, data: DialogDataset) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "README.md").write_text("# Chats\n")
+    (folder / "about.json").write_text('{\n"messages": 300\n}\n')
+    (folder / "an-empty.jsonl").touch()
+    (folder / "chats.jsonl").write_bytes(chats.read_bytes())
+    found = open_dataset(folder, data_dir=tmp_path / "data", seq_len=SEQ_LEN)
+    assert isinstance(found, DialogDataset) and found.fingerprint == data.fingerprint
+    assert "; 3 other files passed over; " in str(found) and "passed over" not in str(data)
+
+
+def test_a_first_line_in_small_pieces(chats: Path, tmp_path: Path) -> None:
+    """An unpacker may give the first bytes late: zstandard does, block by block."""
+    zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed")
+    noise = "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x9FFF, 40_000)))
+    line = json.dumps({"messages": [{"role": "user", "content": noise}]}, ensure_ascii=False)
+    path = tmp_path / "chats.jsonl.zst"
+    path.write_bytes(zstandard.ZstdCompressor().compress(line.encode()))
+    assert is_dialog(path)
+
+
+def test_half_a_surrogate_is_kept_as_bytes(chats: Path) -> None:
+    """As in other JSON lines, see `sources`."""
+    turns = [{"role": "user", "content": "hi \ud83d"}, {"role": "assistant", "content": "\ude00"}]
+    chats.write_text(f"{json.dumps({'messages': turns})}\n" * 3 + chats.read_text())
+    text = bytes(DialogDataset(chats, ByteTokenizer(), SEQ_LEN).splits["train"].tokens.tolist())
+    assert text.count(b"user: hi \xed\xa0\xbd\nassistant: \xed\xb8\x80\n") == 3
+
+
+class Refusing(ByteTokenizer):
+    def encode(self, text: str | bytes, invalid_bytes: InvalidBytes = "keep") -> np.ndarray:
+        return super().encode(text, "refuse")
+
+
+def test_what_a_tokenizer_refuses_is_named(chats: Path) -> None:
+    lines = chats.read_text().splitlines()
+    lines[1] = lines[1].replace('"1.', '"\\udfff1.')
+    chats.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"chats\.jsonl, line 2: text: byte 0xed at 1 is not UTF-8"):
+        DialogDataset(chats, Refusing(), SEQ_LEN)
+
+
+def test_a_damaged_first_line_is_named(chats: Path, tmp_path: Path) -> None:
+    chats.write_text('{"messages": [\n' + chats.read_text())
+    with pytest.raises(ValueError, match=r"chats\.jsonl, line 1: "):
+        open_dataset(chats, data_dir=tmp_path / "data", seq_len=SEQ_LEN)
 
 
 @pytest.mark.parametrize(

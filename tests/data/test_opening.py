@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import datasets
@@ -76,6 +78,45 @@ def test_changed_documents_are_prepared_anew(tmp_path: Path) -> None:
     assert len(fingerprints) == 2
 
 
+@pytest.mark.parametrize("name", ["p.jsonl", "p"])
+def test_sources_of_equal_names_sizes_and_times_are_apart(name: str, tmp_path: Path) -> None:
+    """As archives and images have them whose times are all the same."""
+    fingerprints = set()
+    for folder, word in (("a", "one"), ("b", "two")):
+        path = tmp_path / folder / name
+        path.parent.mkdir()
+        file = path if path.suffix else path / "texts.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(json.dumps({"text": f"{word} {number}"}) + "\n" for number in range(300)))
+        os.utime(file, (0, 0))
+        fingerprints.add(open_here(path, tmp_path / "data").fingerprint)
+    assert len(fingerprints) == 2
+
+
+@pytest.mark.parametrize("damaged", ["valid.bin", "train-00000.bin", "manifest.json"])
+def test_what_was_prepared_and_is_damaged_can_be_removed(damaged: str, jsonl: Path, tmp_path: Path) -> None:
+    fingerprint = open_here(jsonl, tmp_path / "data").fingerprint
+    (folder,) = (path for path in (tmp_path / "data" / ".cache").iterdir() if path.is_dir())
+    if damaged == "valid.bin":
+        (folder / damaged).write_bytes(b"")
+    else:
+        (folder / damaged).unlink()
+    for _ in range(2):
+        with pytest.raises((ValueError, FileNotFoundError), match=rf"remove ({folder}|it),? and .*again"):
+            open_here(jsonl, tmp_path / "data")
+    shutil.rmtree(folder)
+    assert open_here(jsonl, tmp_path / "data").fingerprint == fingerprint
+
+
+def test_a_variable_that_is_not_set_is_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("text " * 1000)
+    with pytest.raises(ValueError, match="source is ''; expected a file, a folder or a name"):
+        open_here("", tmp_path / "data")
+    with pytest.raises(ValueError, match="source is ''"):
+        open_text("", tmp_path / "data")
+
+
 def test_another_tokenizer_is_refused(jsonl: Path, tmp_path: Path) -> None:
     prepare(open_source(jsonl), tmp_path / "out")
     with pytest.raises(ValueError, match=r"tokenizer is integers below 300; .*out has another \(bytes\)"):
@@ -87,13 +128,18 @@ def test_attention_across_documents(jsonl: Path, tmp_path: Path) -> None:
     assert data.batch(seed=0, index=0, rows=range(4)).document_ids is None
 
 
-def test_what_is_no_running_text_has_nothing_to_reach_across(tmp_path: Path) -> None:
+def test_what_is_no_running_text_has_nothing_to_reach_across(jsonl: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros(1000, dtype=np.uint8))
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
     (tmp_path / "chats.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 50)
     for name, more in (("a.npy", {"num_values": 2}), ("chats.jsonl", {})):
         with pytest.raises(ValueError, match=f"documents is 'across'; expected 'inside' for .*{name}"):
             open_here(tmp_path / name, tmp_path / "data", documents="across", **more)
-    for name, holds in (("a.npy", "integers; expected text"), ("chats.jsonl", "conversations; expected doc")):
+    prepare(open_source(jsonl), tmp_path / "prepared")
+    for name, holds in (
+        ("a.npy", "integers; expected text"),
+        ("chats.jsonl", "conversations; expected doc"),
+        ("prepared", "tokens; expected text"),
+    ):
         with pytest.raises(ValueError, match=f"{name} holds {holds}"):
             open_text(tmp_path / name, tmp_path / "data")

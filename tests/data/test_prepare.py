@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from palm_pytorch.data.corpus import open_corpus
 from palm_pytorch.data.encoding import encode_blocks
 from palm_pytorch.data.prepare import prepare
 from palm_pytorch.data.shards import Manifest, PartWriter, read_manifest, verify
-from palm_pytorch.data.sources import open_source
+from palm_pytorch.data.sources import Document, open_source
 from palm_pytorch.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 END = bytes([0xFF])
@@ -336,7 +338,7 @@ class Deadly(Tokenizer):
 
 
 def test_a_worker_that_dies_is_said() -> None:
-    found = [[blocks.Piece(b"a", 0, True, True)]] * 3
+    found = [[blocks.Piece(b"a", 0, True, True, "a.txt")]] * 3
     with pytest.raises(ChildProcessError, match="one of 2 workers died"):
         list(encode_blocks(found, Deadly(), workers=2, invalid_bytes="keep"))
 
@@ -365,11 +367,17 @@ def test_one_text_has_no_documents_to_choose(tmp_path: Path) -> None:
     corpus = open_corpus(tmp_path / "text.txt", tmp_path)
     with pytest.raises(ValueError, match=r"valid_share=0.1: .*text\.txt is one text"):
         prepare(corpus, tmp_path / "out", valid_share=0.1)
+    with pytest.raises(ValueError, match=r"deduplicate=True: .*text\.txt is one text"):
+        prepare(corpus, tmp_path / "out", deduplicate=True)
+
+
+def counts_of(manifest: Manifest) -> list[int]:
+    return [manifest.totals(split)["documents"] for split in ("train", "valid", "test")]
 
 
 def test_no_more_documents_than_asked_for(jsonl: Path, tmp_path: Path) -> None:
     manifest = prepare(open_source(jsonl), tmp_path / "out", max_documents=50)
-    assert sum(manifest.totals(split)["documents"] for split in ("train", "valid", "test")) == 50
+    assert sum(counts_of(manifest)) == 50
 
 
 def test_a_few_files_are_enough(tmp_path: Path) -> None:
@@ -378,9 +386,86 @@ def test_a_few_files_are_enough(tmp_path: Path) -> None:
     for name, text in texts.items():
         (tmp_path / "texts" / name).write_text(text)
     manifest = prepare(open_source(tmp_path / "texts"), tmp_path / "out")
-    assert [manifest.totals(split)["documents"] for split in ("train", "valid", "test")] == [2, 1, 1]
+    assert counts_of(manifest) == [2, 1, 1]
     found = b"".join(stream(tmp_path / "out", split) for split in ("train", "valid", "test"))
     assert sorted(found.split(END)) == sorted([b"", *(text.encode() for text in texts.values())])
+
+
+@pytest.mark.parametrize(("documents", "most"), [(60, None), (400, 60), (150, 1000)])
+def test_few_documents_of_unknown_size(documents: int, most: int | None, tmp_path: Path) -> None:
+    """As those of the hub are: streamed, and read ahead until there are many."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("".join(f'{{"text": "text {n:03d}"}}\n' for n in range(documents)))
+    source = replace(open_source(folder), num_bytes=None)
+    count = min(documents, most or documents)
+    manifest = prepare(source, tmp_path / "out", max_documents=most)
+    held_out = -(-count // 20)  # a twentieth, or a document more
+    assert counts_of(manifest) == [count - 2 * held_out, held_out, held_out]
+    assert manifest.options["valid_share"] == manifest.options["test_share"] == 0.05
+
+
+def test_many_documents_of_unknown_size(jsonl: Path, documents: list[str], tmp_path: Path) -> None:
+    read: list[str] = []
+
+    def noted() -> Iterator[Document]:
+        for document in known.documents():
+            read.append(document.where)
+            yield document
+
+    known = open_source(jsonl)
+    manifest = prepare(replace(known, num_bytes=None, documents=noted), tmp_path / "out")
+    splits = [split_of(text, (0.005, 0.005)) for text in documents]
+    assert counts_of(manifest) == [splits.count(split) for split in ("train", "valid", "test")]
+    assert manifest.options["valid_share"] == 0.005
+    assert len(read) == blocks.FEW + len(documents)  # no more of them ahead than that
+
+
+def test_a_few_large_files_leave_no_split_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "SMALL", 1000)
+    (tmp_path / "texts").mkdir()
+    for number in range(5):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"text {number}\n" * 100)
+    manifest = prepare(open_source(tmp_path / "texts"), tmp_path / "out")
+    assert counts_of(manifest) == [3, 1, 1] and manifest.options["valid_share"] == 0.005
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("b.txt", b"ab\xff", r"many/b\.txt: text: byte 0xff at"),
+        ("b.txt", b"a" * 4096 + b"ab\xff", r"many/b\.txt, from byte 4,096 on: text: byte 0xff at"),
+        ("b.jsonl", b'{"text": "a"}\n{"text": "ab\\ud83d"}\n', r"many/b\.jsonl, line 2: text: byte 0xed at"),
+    ],
+)
+def test_refused_bytes_are_said_with_their_place(
+    name: str, content: bytes, place: str, pieces: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "many").mkdir()
+    for other in "acd":
+        (tmp_path / "many" / f"{other}.txt").write_text(f"text {other}")
+    (tmp_path / "many" / name).write_bytes(content)
+    source = open_source(tmp_path / "many")
+    with pytest.raises(ValueError, match=f"{place} 2 is not UTF-8"):
+        prepare(source, tmp_path / "out", invalid_bytes="refuse")
+    with pytest.raises(ValueError, match=f"{place} character 2 is not UTF-8, and this tokenizer cannot keep"):
+        prepare(source, tmp_path / "out", load_tokenizer(pieces), workers=2)
+
+
+def test_refused_bytes_of_one_text_are_said_with_their_place(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(b"a" * 4098 + b"\xff")
+    corpus = open_corpus(tmp_path / "text.txt", tmp_path)
+    with pytest.raises(ValueError, match=r"text\.txt, from byte 3,894 on: text: byte 0xff at 204 is not"):
+        prepare(corpus, tmp_path / "out", invalid_bytes="refuse")
+
+
+def test_the_current_folder_can_be_prepared_into(
+    jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    manifest = prepare(open_source(jsonl), ".")
+    assert read_manifest(tmp_path / "out") == manifest
 
 
 def test_nothing_is_written_over_and_nothing_comes_of_nothing(jsonl: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import lzma
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ TEXTS = ["one", "zwei\nDinge", "", "\u4e09 \U0001f600", "x" * 100_000, "last"]
 
 
 def texts(source: Any, **options: Any) -> list[str]:
-    return [b"".join(document()).decode() for document in open_source(source, **options).documents()]
+    return [b"".join(document.chunks()).decode() for document in open_source(source, **options).documents()]
 
 
 def write_text(folder: Path) -> None:
@@ -73,8 +74,10 @@ def test_the_same_documents_from_every_format(
     expected = [text for text in TEXTS if text] if write is write_text else TEXTS
     source = open_source(folder)
     assert source.name == "corpus"
+    places = {document.where for document in source.documents()}
+    assert len(places) == len(expected) and all(str(folder) in place for place in places)
     for _ in range(2):  # each time from the start
-        assert [b"".join(document()).decode() for document in source.documents()] == expected
+        assert [b"".join(document.chunks()).decode() for document in source.documents()] == expected
     assert open_source(folder).identity == source.identity
     assert json.loads(json.dumps(source.identity))  # it is stored so
 
@@ -106,13 +109,41 @@ def test_a_data_set_is_streamed_from_its_shards(
 def test_lines(parts: list[bytes], size: int) -> None:
     content = b"\n".join(parts)
     chunks = [content[at : at + size] for at in range(0, len(content), size)]
-    assert list(sources._lines(iter(chunks))) == content.split(b"\n")
+    assert list(sources.split_lines(chunks)) == content.split(b"\n")
 
 
 def test_half_a_surrogate_in_json_is_kept_as_bytes(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d"}')
     (document,) = open_source(tmp_path / "a.jsonl").documents()
-    assert b"".join(document()) == b"\xed\xa0\xbd"
+    assert b"".join(document.chunks()) == b"\xed\xa0\xbd"
+
+
+def test_a_json_file_is_text_unless_it_is_of_json_lines(tmp_path: Path) -> None:
+    """As a package.json among source code; the suffixes of JSON lines alone promise these."""
+    contents = {
+        "array.json": b'[{"text": "a"}]\n',
+        "package.json": b'{\n  "name": "a"\n}\n',
+        "packed.json.gz": gzip.compress(b'{\n  "name": "b"\n}\n'),
+        "records.json": b'\n \n\xef\xbb\xbf{"text": "c"}\n{"text": "d"}\n',
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    found = [*texts(tmp_path)]
+    assert found == ['[{"text": "a"}]\n', '{\n  "name": "a"\n}\n', '{\n  "name": "b"\n}\n', "c", "d"]
+    (tmp_path / "z.jsonl").write_bytes(contents["package.json"])
+    with pytest.raises(ValueError, match=r"z\.jsonl, line 1: expected JSON lines"):
+        texts(tmp_path)
+
+
+def test_an_array_on_one_line_is_not_held_in_memory(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b"[" + b"1, " * (8 << 20) + b"1]")
+    tracemalloc.start()
+    try:
+        assert sources.kind_of(tmp_path / "a.json") == ""
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,12 @@ def test_knows_compressed_bytes_without_their_suffix(tmp_path: Path, suffix: str
     assert b"".join(read_files([path])) == TEXT
 
 
+@pytest.mark.parametrize("text", [b"BZh", b"BZh is short for bzip", b"BZh0", b""])
+def test_a_text_may_begin_as_bzip2_does(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "text").write_bytes(text)
+    assert b"".join(read_files([tmp_path / "text"])) == text
+
+
 @compressed
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
 def test_refuses_what_is_cut_short(tmp_path: Path, suffix: str, share: float) -> None:
@@ -131,7 +137,7 @@ def test_reads_a_zip_in_the_order_of_its_names(tmp_path: Path) -> None:
 
 def test_says_what_to_install_for_zst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "text.zst"
-    path.write_bytes(streams.MAGIC[".zst"] + bytes(100))
+    path.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(100))
     for module in ("zstandard", "compression.zstd"):
         monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(ModuleNotFoundError, match=r"text\.zst.*pip install zstandard"):

@@ -135,6 +135,33 @@ def test_tokens_are_those_of_the_library(of_kind: dict[str, Tokenizer]) -> None:
     assert len(found) < len(TEXT) * 0.7
 
 
+def test_pieces_of_several_new_lines(tmp_path: Path) -> None:
+    """Then lines are not apart, and are not encoded one by one."""
+    (tmp_path / "text").write_text(f"{TEXT}\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(tmp_path / "pieces"),
+        user_defined_symbols=["\n", "\n\n", "\n\n\n"],
+        **{"model_type": "bpe", "vocab_size": 320, "byte_fallback": True, "minloglevel": 2},
+        **{"normalization_rule_name": "identity", "add_dummy_prefix": False},
+        remove_extra_whitespaces=False,
+    )
+    tokenizer = load_tokenizer(tmp_path / "pieces.model")
+    assert isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.byte_tokens
+    for text in ("the\n\ncat", "saw\n\n\n\n dogs\n"):
+        assert tokenizer.encode(text).tolist() == tokenizer.pieces.encode(text)
+
+
+def test_ids_with_gaps() -> None:
+    """As where tokens were taken out, or added far behind the others."""
+    made = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 5, "c": 600, "<unk>": 900}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = HuggingFaceTokenizer(made.to_str().encode())
+    tokens = tokenizer.encode("a c b x")
+    assert tokens.tolist() == [0, 600, 5, 900] and tokens.dtype == np.uint16
+    assert tokenizer.num_tokens == 901
+
+
 def test_a_batch_is_each_of_its_texts(of_kind: dict[str, Tokenizer]) -> None:
     for tokenizer in of_kind.values():
         found = tokenizer.encode_batch([TEXT, b"", "a\u2581"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -55,6 +56,17 @@ def test_lines_are_sentences_of_bounded_length() -> None:
     long = "x" * (2 * SENTENCE_LENGTH + 1)
     found = [*sentences(["a  b\n c\td\0e", "", long])]
     assert found == ["a  b", " c", "d", "e", long[:SENTENCE_LENGTH], long[:SENTENCE_LENGTH], "x"]
+
+
+@pytest.mark.parametrize("failure", [ValueError("a.jsonl, line 2: no text"), KeyboardInterrupt()])
+def test_what_reading_the_texts_raises_comes_as_it_was(failure: BaseException) -> None:
+    def texts() -> Iterator[str]:
+        yield TEXT
+        raise failure
+
+    with pytest.raises(type(failure)) as raised:
+        train_tokenizer(texts())
+    assert raised.value is failure
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,28 @@ def test_train_on_several_sources_then_encode_and_decode(
     assert written.buffer.getvalue() == content  # type: ignore[attr-defined]
 
 
+def test_train_on_what_is_said_in_conversations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tokenizer as from the same contents as documents: nothing of their JSON is in it."""
+    monkeypatch.chdir(tmp_path)
+    contents = [*TEXT.split(" s"), "half a pair: \ud83d"]
+    said = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+    (tmp_path / "chats").mkdir()
+    (tmp_path / "chats" / "README.md").write_text("Q" * 1000)
+    (tmp_path / "chats" / "a.jsonl").write_text(
+        "".join(json.dumps({"messages": said[at : at + 2]}) + "\n" for at in range(0, len(said) - 1, 2))
+    )
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": message["content"]}) + "\n" for message in said[: len(said) // 2 * 2])
+    )
+    for source in ("chats", "texts.jsonl"):
+        assert main(["tokenizer", "train", source, "--vocab-size", "300", "--out", f"{source}.model"]) == 0
+    assert (tmp_path / "chats.model").read_bytes() == (tmp_path / "texts.jsonl.model").read_bytes()
+    assert main(["data", "prepare", "chats", "out"]) == 2
+    assert "chats holds conversations; expected documents" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -68,6 +90,9 @@ def test_train_on_several_sources_then_encode_and_decode(
         ("train TEXT --out a.json", "out is 'a.json'; expected a name that ends in .model"),
         ("train TEXT --out old.model", "out is 'old.model', which exists; expected a new file"),
         ("train nowhere.txt", "nowhere.txt"),
+        ("train EMPTY", "source is ''; expected a file, a folder or a name"),
+        ("train numbers.npy", "numbers.npy holds integers; expected text"),
+        ("train chats.jsonl", "chats.jsonl, line 2: "),
         ("encode nowhere.model", "nowhere.model: expected 'bytes' or a tokenizer's file, got none"),
         ("encode bytes --invalid-bytes refuse", "byte 0xff at 1 is not UTF-8"),
         ("decode bytes", "token '256': expected a number from 0 to 255"),
@@ -83,9 +108,14 @@ def test_bad_input_is_one_line_and_status_2(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "old.model").write_text("")
+    (tmp_path / "numbers.npy").write_text("")
+    (tmp_path / "chats.jsonl").write_text(
+        '{"messages": [{"role": "assistant", "content": "a"}]}\n{"messages": 2}\n'
+    )
     monkeypatch.setattr(sys, "stdin", io.StringIO("1 256") if "decode" in flags else Bytes(b"a\xff"))
     before = {*tmp_path.iterdir()}
-    assert main(["tokenizer", *flags.replace("TEXT", "text.txt").split()]) == 2
+    words = flags.replace("TEXT", "text.txt").split()
+    assert main(["tokenizer", *("" if word == "EMPTY" else word for word in words)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and says in err and err.startswith("palm: error: ") and err.count("\n") == 1
     assert {*tmp_path.iterdir()} == before
