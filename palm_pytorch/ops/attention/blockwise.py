@@ -100,9 +100,10 @@ def _one_query(
 
 
 def _shares(heads: int, cores: int) -> int:
-    """How many groups the query heads of one key/value head go in: torch's kernel has a core for each. (Shares
-    of the keys instead, put together by their sums, took 6% off a token after 4,000 others in float32 and
-    nothing in bfloat16, on two cores.)
+    """How many groups the query heads of one key/value head go in: torch's kernel has a core for each.
+
+    Shares of the keys instead, put together by their sums, took 6% off a token after 4,000 others in float32
+    and nothing in bfloat16, on two cores.
     """
     return max(share for share in range(1, max(1, min(heads, cores)) + 1) if heads % share == 0)
 
