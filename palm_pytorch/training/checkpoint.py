@@ -109,12 +109,6 @@ class Source:
         return folder
 
 
-def find_checkpoint(resume: str, out: str | None, runs: Path = Path("runs")) -> Path | None:
-    """The newest undamaged checkpoint that `resume` and `out` mean, see `Source`."""
-    source = Source.find(resume, out, runs)
-    return None if source is None else source.undamaged()
-
-
 def read_about(folder: Path) -> dict[str, Any]:
     """A checkpoint's plain values: `state` (`TrainState.numbers`), `config`, `data`.
 

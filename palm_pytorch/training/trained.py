@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,6 @@ from palm_pytorch.models.language_model import LanguageModel
 from palm_pytorch.training.architecture import build_model
 from palm_pytorch.training.checkpoint import (
     Source,
-    find_checkpoint,
     load_weights,
     read_about,
     step_folder,
@@ -145,16 +145,16 @@ def run_checkpoint(name: str) -> Path:
     """
     path = Path(name)
     best = path.name == "best" and not path.exists()
-    try:
-        newest = find_checkpoint(str(path.parent) if best else name, None)
-    except FileNotFoundError:
-        newest = None
-    if newest is None:
+    source = None
+    with suppress(FileNotFoundError):
+        source = Source.find(str(path.parent) if best else name, None)
+    if source is None:
         where = "under runs/" if name == "auto" else "there"
         raise FileNotFoundError(
             f"checkpoint is {name!r}, but there is neither a complete checkpoint of a run nor a saved model "
             f"{where}"
         )
+    newest = source.undamaged()
     state = read_about(newest)["state"]
     if not best or state["best_step"] is None or scored_best_since(path.parent, state):
         return newest

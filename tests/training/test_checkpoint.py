@@ -18,7 +18,6 @@ from palm_pytorch.training.checkpoint import (
     check_same_data,
     check_same_model,
     complete_checkpoints,
-    find_checkpoint,
     load_state,
     load_weights,
     read_about,
@@ -148,18 +147,23 @@ def test_which_checkpoint_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for age, folder in enumerate((only, second, first)):
         os.utime(folder / "manifest.json", (10**9 - age, 10**9 - age))
     (Path("runs") / "empty").mkdir()
-    assert find_checkpoint("auto", None) == only
-    assert find_checkpoint("auto", "runs/older") == second
-    assert find_checkpoint("auto", "runs/empty") is None
-    assert find_checkpoint("runs/older", None) == second
-    assert find_checkpoint("runs/older/checkpoints/step-00000010", None) == first
+
+    def found(resume: str, out: str | None = None) -> Path | None:
+        source = Source.find(resume, out)
+        return None if source is None else source.undamaged()
+
+    assert found("auto") == only
+    assert found("auto", "runs/older") == second
+    assert found("auto", "runs/empty") is None
+    assert found("runs/older") == second
+    assert found("runs/older/checkpoints/step-00000010") == first
 
 
 @pytest.mark.parametrize(("resume", "where"), [("auto", "under runs/"), ("runs/palm", "in runs/palm")])
 def test_nothing_to_resume(resume: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"resume is '{resume}', .* {where}"):
-        find_checkpoint(resume, None)
+        Source.find(resume, None)
 
 
 def test_a_damaged_checkpoint_is_passed_over_unless_it_was_named(tmp_path: Path) -> None:
@@ -172,10 +176,12 @@ def test_a_damaged_checkpoint_is_passed_over_unless_it_was_named(tmp_path: Path)
     assert chosen == folders[0]
     assert ["step-00000003/tensors is damaged" in str(e) for e in damaged] == [True, False]
     with pytest.warns(UserWarning, match="tensors is damaged: .*using .*step-00000001 instead") as warned:
-        assert find_checkpoint(str(tmp_path), None) == folders[0]
+        assert source.undamaged() == folders[0]
     assert len(warned) == 2
+    named = Source.find(str(folders[1]), None)
+    assert named is not None
     with pytest.raises(DamagedError, match="step-00000002/tensors is damaged: 3 bytes, expected 4"):
-        find_checkpoint(str(folders[1]), None)
+        named.undamaged()
     (folders[0] / "tensors").unlink()
     with pytest.raises(DamagedError, match=r"step-00000003.*step-00000002.*step-00000001/tensors is missing"):
         source.choose()
