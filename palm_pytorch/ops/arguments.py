@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from palm_pytorch.ops.derivatives import transformed
+
 
 def expect_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
@@ -16,8 +18,9 @@ def expect_tensor(name: str, value: Any) -> None:
 
 def readable(tensor: Tensor) -> bool:
     """Whether values may be looked at: not on other devices than a CPU, which it stalls, nor in compiled
-    code, which it breaks up, nor of a tensor that has none."""
-    return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
+    code, which it breaks up, nor of a tensor that has none, or that stands for many."""
+    plain = type(tensor) is Tensor and not transformed()
+    return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def expect_floating(name: str, value: Any) -> None:

@@ -15,11 +15,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from palm_pytorch.ops.arguments import expect_floating, expect_integer, expect_number, expect_tensor, readable
 from palm_pytorch.ops.autocast import no_autocast, product_dtype
-from palm_pytorch.ops.derivatives import first_derivative_only
+from palm_pytorch.ops.derivatives import first_derivative_only, transformed
 
 # Logits held at a time: 64 MB in float32, plus as much for their gradient.
 MAX_LOGITS = 1 << 24
@@ -50,6 +51,8 @@ def linear_cross_entropy(
     Raises ValueError or TypeError naming the argument that does not fit.
     """
     _check(hidden, weight, labels, bias, ignore_index, z_loss, chunk_tokens)
+    if transformed():
+        return _plain(hidden, weight, labels, bias, ignore_index, z_loss)
     if chunk_tokens is None:
         chunk_tokens = max(1, MAX_LOGITS // weight.shape[0])
     # Inside a Function gradients look wanted even where they are switched off.
@@ -57,6 +60,19 @@ def linear_cross_entropy(
     inputs = (hidden.flatten(0, -2), weight, bias, labels.flatten().long())
     with no_autocast(hidden.device):  # which would cast anew what is computed in another dtype on purpose
         return _LinearCrossEntropy.apply(*inputs, settings)
+
+
+def _plain(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, z_loss: float
+) -> Tensor:
+    """The definition, with all logits at once."""
+    logits = F.linear(hidden, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    counts = labels != ignore_index
+    log_z = logits.logsumexp(dim=-1)
+    label = logits.gather(-1, labels.long().where(counts, 0)[..., None])[..., 0]
+    loss = (log_z - label + z_loss * log_z**2).masked_fill(~counts, 0)
+    return loss.sum() / counts.sum().clamp(min=1)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -9,6 +9,12 @@ from typing import Any
 import torch
 
 
+def transformed() -> bool:
+    """Whether `torch.func` transforms what is computed (grad, vmap, jvp ..), for which there is to be a plain
+    definition: a hand-written derivative is none that it could go on with."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def first_derivative_only(name: str, instead: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """For the `backward` of a Function whose gradients are constants to autograd: refuses a graph of them.
 

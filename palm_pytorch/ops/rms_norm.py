@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from palm_pytorch.ops.derivatives import transformed
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., c) over its root mean square, times weight (c,); computed in float32 or better, in the dtype
@@ -21,7 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     # Compiled code plans by itself what to keep. (And torch 2.11 compiles a Function whose result was changed
     # in place, or cast to what it is, into one without gradients.)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transformed():
         return _RMSNorm.apply(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
 

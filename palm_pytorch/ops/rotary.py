@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from palm_pytorch.ops.derivatives import transformed
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the first r of d dims of x (..., n, d), computed in float32 or better, in the dtype of x.
@@ -22,7 +24,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin: (..., n, r), constants of any scale, broadcast against x; sin is negated in its first half.
     """
     # Compiled code plans by itself what to keep; see `rms_norm`.
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
         return _rotated(x, cos, sin)
     return _Rotate.apply(x, cos, sin)
 

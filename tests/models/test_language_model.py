@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from definitions import error
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call, grad, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from palm_pytorch import LaMDA, PaLM, PaLMLite, PerceiverAR
@@ -158,6 +159,40 @@ def test_a_few_steps_learn_a_sequence_by_heart(kind: Kind) -> None:
         optimizer.step()
     assert losses[0] == pytest.approx(math.log(V), abs=0.3)
     assert losses[-1] < 0.5 * losses[0]
+
+
+# Transforms of torch.func
+
+
+@models
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_of_torch_func(kind: Kind) -> None:
+    """The gradient, that of each row, and the change of it along a direction."""
+    net, tokens, labels = build(kind).double(), random_tokens(), random_tokens()
+    labels[0, 20] = -100
+    weights = dict(net.named_parameters())
+
+    def loss(weights: dict[str, Tensor], tokens: Tensor, labels: Tensor) -> Tensor:
+        return functional_call(net, weights, tokens, {"labels": labels, "z_loss": 1e-4})
+
+    def by_autograd(rows: slice) -> dict[str, Tensor]:
+        wanted = net(tokens[rows], labels=labels[rows], z_loss=1e-4)
+        return dict(zip(weights, torch.autograd.grad(wanted, list(weights.values())), strict=True))
+
+    def along(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+        return sum(float((one[name] * other[name]).sum()) for name in weights)
+
+    whole = by_autograd(slice(None))
+    found = grad(loss)(weights, tokens, labels)
+    each = vmap(grad(loss), (None, 0, 0))(weights, tokens[:, None], labels[:, None])
+    for name in weights:
+        assert error(found[name], whole[name]) <= 1e-12
+        assert error(each[name][1], by_autograd(slice(1, 2))[name]) <= 1e-12
+    u, v = ({name: torch.randn_like(weight) for name, weight in weights.items()} for _ in "uv")
+    rise = jvp(lambda w: loss(w, tokens, labels), (weights,), (u,))[1]
+    assert rise.item() == pytest.approx(along(whole, u))
+    turned = [jvp(lambda w: grad(loss)(w, tokens, labels), (weights,), (d,))[1] for d in (u, v)]
+    assert along(turned[0], v) == pytest.approx(along(turned[1], u), rel=1e-9)  # the Hessian is symmetric
 
 
 # Initialisation

@@ -18,6 +18,7 @@ from palm_pytorch.ops.attention.blockwise import blockwise
 from palm_pytorch.ops.attention.reference import reference
 from palm_pytorch.ops.attention.torch_backends import flex, sdpa
 from palm_pytorch.ops.autocast import product_dtype
+from palm_pytorch.ops.derivatives import transformed
 
 __all__ = ["BACKENDS", "AlibiBias", "RelativeBias", "attention"]
 
@@ -70,7 +71,8 @@ def attention(
     dropout_p: share of the attention weights dropped, in [0, 1); the caller passes 0 outside training.
     scale: factor on the scores, above 0; `d ** -0.5` if None.
     backend: "auto", or one of `BACKENDS`. "auto" is "blockwise" on a CPU, "triton" on a CUDA device where it
-    can serve the call, and else "sdpa".
+    can serve the call, and else "sdpa"; inside the transforms of `torch.func` it is "reference", whose memory
+    is quadratic.
 
     Returns (b, h, i, d) in the dtype of q. A query that may see no key gives zeros. Softmax is in float32
     or better.
@@ -82,7 +84,7 @@ def attention(
     check_backend(backend)
     q, k, v = (t.to(product_dtype(t)) for t in (q, k, v))
     if backend == "auto":
-        backend = _fastest(q)
+        backend = "reference" if transformed() else _fastest(q)
         if bias is not None and bias.at is not None:
             single = q.shape[2] == 1 and dropout_p == 0 and document_ids is None
             if torch.is_grad_enabled() or (backend == "blockwise" and not single):
