@@ -72,7 +72,8 @@ def draw(options: argparse.Namespace) -> None:
     prompt = torch.from_numpy(np.concatenate([begin, wished], axis=1))
     generator = torch.Generator().manual_seed(options.seed)
     drawn = model.generate(prompt, SIDE * SIDE, temperature=0.5, generator=generator).numpy()
-    print(f"{(drawn == meant).mean():.1%} of the pixels are as they were meant")
+    either, both = (drawn > 0) | (meant > 0), (drawn > 0) & (meant > 0)
+    print(f"of the pixels that are not black in one of the two, {both.sum() / either.sum():.0%} are in both")
     figure, axes = pyplot.subplots(2, len(wished), figsize=(len(wished), 2.3), layout="constrained")
     for row, pictures in zip(axes, (drawn, meant), strict=True):
         for axis, picture in zip(row, pictures, strict=True):

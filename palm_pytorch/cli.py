@@ -241,6 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scorer.add_argument(
         "source",
         metavar="MODEL",
+        nargs="?",
+        default="auto",
         help="a run's folder (its newest checkpoint), RUN/best, one of its checkpoints, 'auto' (the newest "
         "run), or what `palm convert` takes",
     )

@@ -403,7 +403,7 @@ def generate(
     use_cache: False reads everything anew for every token, for the same result.
     compile: on a GPU, has `torch.compile` fuse the operations of a step: that takes tens of seconds and more
     at the first call for a model, and makes every token faster from then on. Of fewer than 64 tokens, without
-    the cache, or with hooks on the model, steps go as they are.
+    the cache, or with hooks on the model, steps go as they are; elsewhere than on a GPU it is refused.
     stride: Perceiver AR only, by how many tokens a full window moves on; what it then holds is read anew.
     None is half of its latents; 1 shows every token all that the window can hold.
     log_probs: returns also the log-probability of each token, under the model as it is (without temperature,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,7 +32,11 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        self.config = {name: value for name, value in config.items() if name not in ("self", "__class__")}
+        self.config = {
+            name: value.item() if isinstance(value, np.generic) else value
+            for name, value in config.items()
+            if name not in ("self", "__class__")
+        }
         check_config(self.config)
         num_tokens, dim = config["num_tokens"], config["dim"]
         self.token_emb = nn.Embedding(num_tokens, dim)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,7 +39,7 @@ def expect_mask(name: str, value: Any, shape: tuple[int, ...]) -> None:
 
 
 def expect_integer(name: str, value: Any, *, least: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
@@ -54,8 +55,7 @@ def expect_number(
     most: float = math.inf,
 ) -> None:
     """A finite number, `least <= value <= most` and `above < value < below`."""
-    # A tuple, since the compiler of torch 2.9 does not follow `int | float`.
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    if not isinstance(value, (int, float, np.integer, np.floating)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     if not (least <= value <= most and above < value < below):
         bounds = {f"at least {least}": least, f"above {above}": above}

@@ -95,7 +95,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         counts = labels != ignore_index
         weight_cast = weight.to(dtype)
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        for start in range(0, len(hidden), chunk_tokens):
+        # A loop, if it is none, has a compiler take the number of positions for fixed.
+        starts = [0] if len(hidden) <= chunk_tokens else range(0, len(hidden), chunk_tokens)
+        for start in starts:
             rows = slice(start, start + chunk_tokens)
             hidden_cast = hidden[rows].to(dtype)
             logits = (hidden_cast @ weight_cast.T).to(wide)

@@ -79,7 +79,8 @@ def measured_flops(precision: torch.dtype, size: int = 1024, seconds: float = 0.
 
     At 1024 this is within a few percent of what larger ones reach.
     """
-    a, b = (torch.ones(size, size, dtype=precision) for _ in range(2))
+    # Whatever the default device is where this is first asked: on "meta" a product takes no time.
+    a, b = (torch.ones(size, size, dtype=precision, device="cpu") for _ in range(2))
     best, until = float("inf"), time.perf_counter() + seconds
     for _ in range(3):
         best = min(best, timed_product(a, b))

@@ -222,6 +222,8 @@ def test_windows_of_rows_move_on_apart() -> None:
     together = net.generate(prompt, 60, temperature=0, prompt_mask=mask)
     alone = [net.generate(torch.tensor([row]), 60, temperature=0)[0].tolist() for row in rows]
     assert together.tolist() == alone
+    twice = net.generate(prompt, 60, temperature=0, prompt_mask=mask, num_samples=2)
+    assert twice.tolist() == [row for row in alone for _ in range(2)]
 
 
 @torch.no_grad()
@@ -295,6 +297,8 @@ def test_log_probabilities_are_those_of_the_model() -> None:
         logits = net(torch.cat([prompt, tokens], dim=1))[:, 5:-1]
     wanted = logits.log_softmax(dim=-1).gather(2, tokens[..., None])[..., 0]
     assert scores.shape == (2, 8) and error(scores, wanted) <= 1e-5
+    rough = net.bfloat16().generate(prompt, 8, log_probs=True)[1]
+    assert rough.dtype == torch.float32 and (rough != rough.bfloat16()).any()
     empty = net.generate(prompt, 0, log_probs=True)
     assert empty[0].shape == empty[1].shape == (2, 0) and empty[1].is_floating_point()
 

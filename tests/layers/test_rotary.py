@@ -10,6 +10,7 @@ from definitions import error, turned, xpos_zeta
 from torch import Tensor
 
 from palm_pytorch.layers import Rotary, apply_rotary
+from palm_pytorch.layers.rotary import RotaryTable
 
 FAR = 131_072
 
@@ -48,6 +49,17 @@ def test_last_positions_of_a_table() -> None:
     x = torch.randn(1, 2, 3, 16)
     table, _ = Rotary(16)(torch.arange(10))
     assert error(apply_rotary(x, table.last(3)), turned(x, torch.arange(7, 10), 16)) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_turned_alike_with_and_without_gradients(dtype: torch.dtype) -> None:
+    """To the nearest of what float64 gives; angles of 100,000 have no place in half precision."""
+    x, (table, _) = torch.randn(1, 1, 9, 16).to(dtype).requires_grad_(), Rotary(16)(100_000 + torch.arange(9))
+    wide = apply_rotary(x.detach().double(), RotaryTable(table.cos.double(), table.sin.double())).to(dtype)
+    with torch.no_grad():
+        without = apply_rotary(x, table)
+    for found in (apply_rotary(x, table), without):
+        assert (found != wide).float().mean() <= 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -9,17 +9,19 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from definitions import error
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from palm_pytorch import LaMDA, PaLM, PaLMLite, PerceiverAR
-from palm_pytorch.ops import cross_entropy
+from palm_pytorch.ops import attention, cross_entropy
 
 V = 37
 SHAPE: dict[str, Any] = {"num_tokens": V, "dim": 24, "depth": 2, "heads": 3, "dim_head": 16, "ff_mult": 2}
@@ -195,6 +197,12 @@ def test_transforms_of_torch_func(kind: Kind) -> None:
     assert along(turned[0], v) == pytest.approx(along(turned[1], u), rel=1e-9)  # the Hessian is symmetric
 
 
+def test_hand_written_derivatives_are_refused_there_by_name() -> None:
+    q = torch.randn(1, 2, 3, 16)
+    with pytest.raises(ValueError, match=r"backend 'blockwise': .*torch\.func.*'reference' can"):
+        grad(lambda q: attention(q, q, q, backend="blockwise").sum())(q)
+
+
 # Initialisation
 
 
@@ -302,6 +310,39 @@ def test_it_runs_on_fake_tensors(kind: Kind) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         loss = build(kind)(torch.zeros(2, 30, dtype=torch.long), labels=torch.zeros(2, 30, dtype=torch.long))
     assert loss.shape == ()
+
+
+@models
+def test_numbers_of_numpy_are_numbers(kind: Kind, tmp_path: Any) -> None:
+    net = build(kind, num_tokens=random_tokens().numpy().max() + 1, embedding_std=np.float32(0.5))
+    assert type(net.config["num_tokens"]) is int and type(net.config["embedding_std"]) is float
+    net.save_pretrained(tmp_path)
+
+
+@models
+def test_dropout_reaches_attention_and_only_in_training(kind: Kind, monkeypatch: Any) -> None:
+    seen: list[float] = []
+
+    def spying(*tensors: Tensor, dropout_p: float, **options: Any) -> Tensor:
+        seen.append(dropout_p)
+        return attention(*tensors, dropout_p=dropout_p, **options)
+
+    for module in ("parallel", "attention"):
+        monkeypatch.setattr(f"palm_pytorch.layers.{module}.attention", spying)
+    name = "attn_dropout" if kind in (PaLM, PaLMLite) else "dropout"
+    net = build(kind, **{name: 0.3})
+    for training in (True, False):
+        seen.clear()
+        net.train(training)(random_tokens())
+        assert seen and set(seen) == {0.3 if training else 0.0}
+
+
+@pytest.mark.parametrize("kind", [PaLM, PaLMLite])
+def test_feed_forward_dropout_is_of_the_inner_features(kind: Kind) -> None:
+    net, zeros = build(kind, ff_dropout=0.5), []
+    net.layers[0].ff_out.register_forward_pre_hook(lambda _, inputs: zeros.append(inputs[0] == 0))
+    net.train()(random_tokens())
+    assert zeros[0].float().mean().item() == pytest.approx(0.5, abs=0.05)
 
 
 @models
@@ -413,7 +454,8 @@ def test_the_whole_model_compiles(kind: Kind, backend: str) -> None:
     net = build(kind, depth=1, attention_backend=backend, **own)
     fullgraph = backend != "blockwise" or torch.__version__ >= "2.13"
     compiled = torch.compile(net, fullgraph=fullgraph, backend="aot_eager")
-    for n in (30, 21):
+    counters.clear()
+    for n in (30, 21, 27, 25, 14):
         tokens, found = random_tokens(n), []
         for model in (net, compiled):
             net.zero_grad()
@@ -421,6 +463,8 @@ def test_the_whole_model_compiles(kind: Kind, backend: str) -> None:
             loss.backward()
             found.append([loss.detach(), *(p.grad for p in net.parameters())])
         assert all(error(a, b) <= 1e-5 for a, b in zip(*found, strict=True))
+    if backend == "sdpa" and kind in (PaLM, PaLMLite):  # the others are compiled for each length
+        assert counters["stats"]["unique_graphs"] == 2
 
 
 @models

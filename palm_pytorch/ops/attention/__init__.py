@@ -85,10 +85,13 @@ def attention(
     q, k, v = (t.to(product_dtype(t)) for t in (q, k, v))
     if backend == "auto":
         backend = "reference" if transformed() else _fastest(q)
-        if bias is not None and bias.at is not None:
-            single = q.shape[2] == 1 and dropout_p == 0 and document_ids is None
-            if torch.is_grad_enabled() or (backend == "blockwise" and not single):
-                backend = "sdpa"
+        if bias is not None and bias.at is not None and (torch.is_grad_enabled() or dropout_p > 0):
+            backend = "sdpa"
+    elif backend in ("blockwise", "triton") and transformed():
+        raise ValueError(
+            f"backend {backend!r}: its derivatives are hand-written, and no transform of torch.func was "
+            "expected; 'reference' can"
+        )
     return BACKENDS[backend](
         q,
         k,
@@ -157,6 +160,9 @@ def _check(
             raise TypeError(f"bias: expected AlibiBias or RelativeBias, got {type(bias).__name__}")
         if bias.per_head.shape[0] != h:
             raise ValueError(f"bias: expected one for each of {h} heads, got {bias.per_head.shape[0]}")
+        if bias.at is not None and (i_len > 1 or document_ids is not None):
+            given = f"{i_len} of them" if i_len > 1 else "document_ids"
+            raise ValueError(f"bias: `at` is for a single query without document_ids, got {given}")
         named["bias"] = bias.per_head
     if key_mask is not None:
         expect_mask("key_mask", key_mask, (b, j_len))

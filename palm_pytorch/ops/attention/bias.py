@@ -49,10 +49,9 @@ class RelativeBias:
 
     Adds `scale * table[bucket(distance), head]`; a key after the query counts as distance 0.
     table: (buckets, h), gets its gradient. max_distance: from here on every distance shares the last bucket.
-    at: (1,) integer, which key the last query is at, where that is not the last of them: a key mask has to
-    hide those behind it then. On the device, so that the host need not know. For "reference" and "sdpa",
-    without gradients for "triton", and for "blockwise" where there is a single query, too, and neither
-    dropout nor documents.
+    at: (1,) integer, which key a single query is at, where that is not the last of them: a key mask has to
+    hide those behind it then. On the device, so that the host need not know. Not with documents. For
+    "reference" and "sdpa", without gradients for "triton", and for "blockwise" without dropout, too.
     """
 
     table: Tensor

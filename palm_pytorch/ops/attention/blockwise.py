@@ -60,8 +60,7 @@ def blockwise(
         return _one_query(q, k, v, bias, key_mask, scale)
     if at is not None:
         raise ValueError(
-            "backend 'blockwise': bias: expected `at` to be None, but for a single query without dropout, "
-            "document_ids and gradients; 'sdpa' can"
+            "backend 'blockwise': bias: expected `at` to be None with dropout or gradients; 'sdpa' can"
         )
     seed = int(torch.randint(1 << 62, ())) if dropout_p > 0 else 0
     per_head = None if bias is None else bias.per_head
