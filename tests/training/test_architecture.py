@@ -9,6 +9,7 @@ import torch
 
 from palm_pytorch import LaMDA, PaLM, PaLMLite, PerceiverAR
 from palm_pytorch.models.language_model import LanguageModel
+from palm_pytorch.training import machine
 from palm_pytorch.training.architecture import (
     build_model,
     check_attention,
@@ -61,6 +62,15 @@ def test_they_survive_being_written() -> None:
     assert read_architecture(write_architecture(options)) == options
     assert write_architecture({}) is None and read_architecture(None) == {}
     assert read_architecture("qk_norm=False,xpos=True") == {"qk_norm": False, "xpos": True}
+
+
+def test_speed_is_measured_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models are built on the meta device, where a product takes no time: precision was chosen by chance."""
+    devices: list[str] = []
+    monkeypatch.setattr(machine, "timed_product", lambda a, b: devices.append(a.device.type) or 1.0)
+    with torch.device("meta"):
+        machine.measured_flops.__wrapped__(torch.float32, size=8, seconds=0)
+    assert set(devices) == {"cpu"}
 
 
 @pytest.mark.parametrize("text", ["norm", "norm=", "=3", "norm=a,norm=b", "norm=layernorm,"])
