@@ -65,6 +65,27 @@ def test_every_option_compiles(tmp_path: Path) -> None:
     assert all(0 < row["shared"] <= row["shared_limit"] for row in rows)
 
 
+@pytest.mark.skipif(VERSION < (3, 6), reason="needs triton 3.6 or newer")
+def test_the_report_in_the_repository_is_of_the_launch_tables() -> None:
+    """Of which the tests above compile a few."""
+    from palm_pytorch.ops.attention.triton_kernels.block_sizes import blocks_for
+
+    names = {"forward": ["forward"], "backward_queries": ["queries"], "backward_keys": ["keys", "values"]}
+    report = json.loads((ROOT / "benchmarks/results/kernels-triton-3.9.0.json").read_text())["kernels"]
+    compared = 0
+    for row in report:
+        if row["queries"] != "all" or row["kernel"] not in names:
+            continue
+        plain = dict.fromkeys(("keys", "documents", "dropout"), False)
+        size, capability = {"bfloat16": 2, "float32": 4}[row["dtype"]], (int(row["target"][3:-1]), 0)
+        blocks = blocks_for(row["dim_head"], size, capability, alibi=row["bias"] == "alibi", **plain)
+        launches = (getattr(blocks, name) for name in names[row["kernel"]])
+        told = [" x ".join(map(str, launch[:4])) for launch in launches if launch is not None]
+        assert row["blocks"] in told, (row, told)
+        compared += 1
+    assert compared >= 3 * 4 * 2 * 3 * 3
+
+
 def test_the_report_in_the_repository_covers_every_case() -> None:
     report = json.loads((ROOT / "benchmarks/results/kernels-triton-3.9.0.json").read_text())["kernels"]
     cases = {(r["target"], r["dim_head"], r["dtype"], r["bias"], r["queries"]) for r in report}
