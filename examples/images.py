@@ -2,7 +2,7 @@
 
     python examples/images.py make shapes.npy
     python train.py --model perceiver-ar --data shapes.npy --num-tokens 32 --seq-len 260 \\
-        --cross-attn-seq-len 4 --dim 128 --batch-size 8 --steps 400 --out runs/shapes
+        --cross-attn-seq-len 4 --dim 128 --batch-size 8 --steps 2000 --out runs/shapes
     python examples/images.py draw runs/shapes/model shapes.png
 
 A sequence is what is to be drawn (kind, x, y, size) and then 16 x 16 pixels of 8 greys, as integers below 32.
