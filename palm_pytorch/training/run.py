@@ -158,10 +158,13 @@ def prepare(**given: Any) -> Run:
         config, source = parallel.from_main((config, source))
         with parallel.together():
             if parallel.is_main:
-                check_folder(Path(config.out), source, restart=restart)
-                lock = FolderLock(Path(config.out))
+                folder = Path(config.out)
+                # Not of the run itself: a process that trains there may just have written a checkpoint.
+                if source is None or not is_same(folder, source.run):
+                    check_folder(folder, source, restart=restart)
+                lock = FolderLock(folder)
                 # Again: another may have begun a run there meanwhile, and none can now.
-                check_folder(Path(config.out), source, restart=restart)
+                check_folder(folder, source, restart=restart)
         return build_run(config, source, parallel, lock, weights, tokenizer)
     except BaseException as error:
         if lock is not None:
