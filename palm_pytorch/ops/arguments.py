@@ -55,6 +55,7 @@ def expect_number(
     most: float = math.inf,
 ) -> None:
     """A finite number, `least <= value <= most` and `above < value < below`."""
+    # A tuple, since the compiler of torch 2.9 does not follow `int | float`.
     if not isinstance(value, (int, float, np.integer, np.floating)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     if not (least <= value <= most and above < value < below):
