@@ -10,16 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from palm_pytorch.layers.kv_cache import KVCache
 from palm_pytorch.layers.norm import make_norm
+from palm_pytorch.models.config import read_config
 from palm_pytorch.ops import linear_cross_entropy
-from palm_pytorch.ops.arguments import expect_integer, expect_number, expect_tensor, readable
-from palm_pytorch.ops.attention import check_backend
+from palm_pytorch.ops.arguments import expect_tensor, readable
 
 M = TypeVar("M", bound="LanguageModel")
 
@@ -32,12 +31,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        self.config = {
-            name: value.item() if isinstance(value, np.generic) else value
-            for name, value in config.items()
-            if name not in ("self", "__class__")
-        }
-        check_config(self.config)
+        self.config = read_config(config)
         num_tokens, dim = config["num_tokens"], config["dim"]
         self.token_emb = nn.Embedding(num_tokens, dim)
         # `final_norm` and `bias` are options of the models whose older kin had none, or had it.
@@ -164,21 +158,6 @@ class LanguageModel(nn.Module):
             self, folder: str | Path, *, tokenizer: Any = None, max_shard_size: int = ...
         ) -> None: ...
         def push_to_hub(self, repo_id: str, **options: Any) -> str: ...
-
-
-def check_config(config: dict[str, Any]) -> None:
-    """Refuses constructor arguments that no model can be built with."""
-    for name in ("num_tokens", "dim", "depth", "heads", "dim_head", "ff_mult", "kv_heads", "perceive_depth"):
-        expect_integer(name, config.get(name, 1))
-    for name, value in config.items():
-        if "dropout" in name:
-            expect_number(name, value, least=0, below=1)
-    for name in ("qk_norm", "xpos", "tie_embeddings", "final_norm", "gated", "bias", "prefix_bias"):
-        if not isinstance(value := config.get(name, False), bool):
-            raise TypeError(f"{name}: expected True or False, got {value!r}")
-    for name in ("embedding_std", "logit_scale"):
-        expect_number(name, config[name], above=0)
-    check_backend(config["attention_backend"], "attention_backend")
 
 
 def check_inputs(document_ids: Tensor | None, tokens: Tensor, cache: KVCache | None) -> None:
