@@ -174,7 +174,7 @@ def open_for_scoring(trained: Trained, options: EvaluateOptions) -> tuple[Datase
         seq_len = values.shape[1]
     seq_len = options.seq_len or seq_len or SEQ_LEN
     # A text may be shorter than a window; what is cut into rows, and a run's data, are as in training.
-    rows = num_values is not None or trained.options is not None or (path.exists() and is_dialog(path))
+    rows = num_values is not None or trained.options is not None or is_dialog(path)
     given |= {"num_tokens": num_values, "seq_len": seq_len if rows else 1}
     data = read_data(TrainConfig.for_machine(**given), tokenizer)
     if trained.checkpoint is not None and options.data is None:
