@@ -198,7 +198,7 @@ class TrainConfig:
     eval_every: int = option("run", "steps between validations; 0: only the last", NOT_NEGATIVE, default=500)
     eval_windows: int = option("run", "sequences that a validation scores", POSITIVE, cpu=128, gpu=512)
     test_windows: int = option("run", "sequences that the final test scores", POSITIVE, cpu=1_024, gpu=8_192)
-    generate_every: int = option("run", "steps between samples; 0: none", NOT_NEGATIVE, default=1_000)
+    generate_every: int = option("run", "steps between samples, and one at the end; 0: none", NOT_NEGATIVE, default=1_000)
     generate_length: int = option("run", "tokens in a sample", POSITIVE, cpu=200, gpu=500)
     save_every: int = option(
         "run", "steps between checkpoints; 0: only the last", NOT_NEGATIVE, default=1_000

@@ -126,7 +126,7 @@ class Trainer:
         last = state.step == config.steps
         if last or is_due(config.eval_every, state.step):
             state.due.append("valid")
-        if is_due(config.generate_every, state.step):
+        if config.generate_every and (last or is_due(config.generate_every, state.step)):
             state.due.append("sample")
         bits = self.metrics.bits_per_byte(step.loss)
         told = f"loss {step.loss:.3f}, bpb {bits:.3f}, {speed:,.0f} tokens/s"

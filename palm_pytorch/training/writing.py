@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import fileinput
+import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from palm_pytorch.data.tokenizer import IntegerTokenizer, Tokenizer
 from palm_pytorch.training.options import POSITIVE, option
-from palm_pytorch.training.trained import ModelOptions, load_trained
+from palm_pytorch.training.trained import ModelOptions, Trained, load_trained
+
+PAD = -1  # no token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,12 @@ class GenerateOptions(ModelOptions):
     )
     eos_token: int | None = option(
         "text", "token that ends a text (default: the tokenizer's end token)", default=None
+    )
+    json: bool = option(
+        "result",
+        "print each text, when it is done, as a line of JSON: prompt, text, its tokens, and in nats the "
+        "log-probability of each",
+        default=False,
     )
 
 
@@ -68,32 +79,53 @@ def prompts(options: GenerateOptions) -> Iterator[str]:
 
 
 def write(options: GenerateOptions) -> None:
-    """Print each prompt and how the model goes on, as it is drawn; then, on stderr, how fast that was."""
+    """Print each prompt and how the model goes on; then, on stderr, how fast that was."""
     trained = load_trained(options)
     tokenizer, sampling = trained.tokenizer, options.sampling(trained.device)
     if options.eos_token is None:
         sampling["eos_token"] = tokenizer.eos_token
+    go_on = write_json if options.json else write_text
     tokens, seconds = 0, 0.0
     for text in prompts(options):
         prompt = torch.tensor([tokenizer.encode(text).tolist()], dtype=torch.long, device=trained.device)
         if prompt.numel() == 0:
             raise ValueError(f"prompt is {text!r}, in which {tokenizer} finds no token; expected some text")
-        if isinstance(tokenizer, IntegerTokenizer):  # whose numbers go on after a space
-            text = f"{text.rstrip()} "
-        stream = trained.model.stream(prompt, pad_token=-1, **sampling)
         started = time.perf_counter()
-        if options.num_samples == 1:
-            print(visible(text), end="", flush=True)
-            tokens += show((int(each) for each in stream), tokenizer)
-        else:
-            samples = zip(*(each.tolist() for each in stream), strict=True)
-            for number, sample in enumerate(samples, 1):
-                print(f"sample {number} of {options.num_samples}:", file=sys.stderr, flush=True)
-                print(visible(text), end="", flush=True)
-                tokens += show((token for token in sample if token != -1), tokenizer)
+        tokens += go_on(trained, text, prompt, **sampling)
         seconds += time.perf_counter() - started
     rate = tokens / seconds if seconds else 0
     print(f"{tokens:,} tokens in {seconds:,.1f} s: {rate:,.0f} tokens/s", file=sys.stderr)
+
+
+def write_json(trained: Trained, text: str, prompt: Tensor, **sampling: Any) -> int:
+    """Print a line of JSON for each text, all of a prompt at once; returns how many tokens they have."""
+    tokenizer = trained.tokenizer
+    drawn = trained.model.generate(prompt, pad_token=PAD, log_probs=True, **sampling)
+    shown = 0
+    for tokens, log_probs in zip(*(each.tolist() for each in drawn), strict=True):
+        tokens = [token for token in tokens if token != PAD]
+        new = tokenizer.decode([token for token in tokens if token != tokenizer.eos_token])
+        line = {"prompt": text, "text": new, "tokens": tokens, "log_probs": log_probs[: len(tokens)]}
+        print(json.dumps(line))
+        shown += len(tokens)
+    return shown
+
+
+def write_text(trained: Trained, text: str, prompt: Tensor, *, num_samples: int, **sampling: Any) -> int:
+    """Print the text as it is drawn, or several when all are done; returns how many tokens they have."""
+    tokenizer = trained.tokenizer
+    if isinstance(tokenizer, IntegerTokenizer):  # whose numbers go on after a space
+        text = f"{text.rstrip()} "
+    stream = trained.model.stream(prompt, pad_token=PAD, num_samples=num_samples, **sampling)
+    if num_samples == 1:
+        print(visible(text), end="", flush=True)
+        return show((int(each) for each in stream), tokenizer)
+    tokens = 0
+    for number, sample in enumerate(zip(*(each.tolist() for each in stream), strict=True), 1):
+        print(f"sample {number} of {num_samples}:", file=sys.stderr, flush=True)
+        print(visible(text), end="", flush=True)
+        tokens += show((token for token in sample if token != PAD), tokenizer)
+    return tokens
 
 
 def show(tokens: Iterable[int], tokenizer: Tokenizer) -> int:

@@ -9,6 +9,7 @@ import importlib
 import mmap
 import sys
 from shutil import which
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -377,3 +378,22 @@ def test_without_a_triton_it_can_use(monkeypatch: pytest.MonkeyPatch, trouble: s
     with pytest.raises(ValueError, match=f"'triton': .*{'3.2.0' if trouble == 'old' else 'triton'}.*'sdpa'"):
         attention(q, kv, kv, backend="triton")
     attention(q, kv, kv)
+
+
+def test_a_machine_on_which_nothing_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers with a GPU and no C compiler: the call goes to another backend, or is refused by name."""
+
+    class Driver:
+        @property
+        def active(self) -> Any:
+            raise RuntimeError("Failed to find C compiler.\nPlease specify")
+
+    op = module("triton_op")
+    assert op.cannot_launch() is None
+    monkeypatch.setattr(op, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(op.triton.runtime, "driver", Driver())
+    monkeypatch.setattr(op, "CANNOT_LAUNCH", op.cannot_launch())
+    q = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(1, 1, 5, 16))
+    assert "Failed to find C compiler." in op.refusal(q) and "\n" not in op.refusal(q)
+    assert importlib.import_module("palm_pytorch.ops.attention")._fastest(q) == "sdpa"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,27 @@ def test_the_seed_decides(saved: str, capsys: pytest.CaptureFixture[str]) -> Non
     first, again = (told(capsys, *command)[0] for _ in range(2))
     other = told(capsys, *command, "--num-samples", "2")[0]
     assert first == again and len(other) > len(first)
+
+
+def test_lines_of_json(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One for each sample of each prompt, whatever it holds; log-probabilities are of the model as it is."""
+    (tmp_path / "prompts").write_text('\x1b "one"\ntwo é\n', encoding="utf-8")
+    command = ["generate", "--checkpoint", saved, "--prompt-file", str(tmp_path / "prompts")]
+    command += ["--top-k", "9", "--num-samples", "3", "--json"]
+    end = json.loads(told(capsys, *command)[0].splitlines()[0])["tokens"][4]
+    model = from_pretrained(saved)
+    out, err = told(capsys, *command, "--eos-token", str(end))
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["prompt"] for line in lines] == ['\x1b "one"'] * 3 + ["two é"] * 3
+    assert err.startswith(f"{sum(len(line['tokens']) for line in lines)} tokens in ")
+    assert len(lines[0]["tokens"]) <= 5 and lines[0]["tokens"][-1] == end
+    for line in lines:
+        assert end not in line["tokens"][:-1] and (len(line["tokens"]) == 12 or line["tokens"][-1] == end)
+        assert line["text"] == bytes(line["tokens"]).decode(errors="replace")
+        prompt = list(line["prompt"].encode("utf-8"))
+        logits = model(torch.tensor([prompt + line["tokens"]]))[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(line["tokens"])[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(line["log_probs"]), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("where", ["file", "-", "text"])

@@ -7,6 +7,7 @@ lse (b * g, i * r), a number a row, the r = h / g query heads of a key/value hea
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -28,8 +29,26 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_DIM_HEAD = 256
 
 
+def cannot_launch() -> str | None:
+    """Why this machine's Triton cannot run anything on its GPU, or None. It builds what launches kernels with
+    a C compiler and Python's headers, which a container need not have."""
+    if INTERPRETED or not torch.cuda.is_available():
+        return None
+    try:
+        return None if triton.runtime.driver.active else "no driver"
+    except Exception as error:  # of any kind, by what is missing
+        return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+CANNOT_LAUNCH = cannot_launch()
+if CANNOT_LAUNCH is not None:
+    warnings.warn(f"attention does without its kernels, and is slower: {CANNOT_LAUNCH}", stacklevel=2)
+
+
 def refusal(q: Tensor) -> str | None:
     """Why the kernels cannot serve these queries, or None."""
+    if q.device.type == "cuda" and CANNOT_LAUNCH is not None:
+        return f"q: expected a GPU for which Triton can compile ({CANNOT_LAUNCH})"
     if q.device.type != "cuda" and not (INTERPRETED and q.device.type == "cpu"):
         return f"q: expected a CUDA tensor (or TRITON_INTERPRET=1 and a CPU tensor), got one on {q.device}"
     if q.device.type == "cuda" and (
