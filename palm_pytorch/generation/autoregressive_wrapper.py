@@ -67,8 +67,7 @@ class AutoregressiveWrapper(nn.Module):
         Models of this library remember the keys and values of past tokens, as long as these fit the window.
 
         eos_token: a row ends with the first one that it draws (those of the prompt do not count) and is then
-        filled with
-        `pad_value`; when all rows have ended, generation stops.
+        filled with `pad_value`; when all rows have ended, generation stops.
         temperature, filter_thres: as in `palm_pytorch.generation.sampling.sample`.
         stride: by how many tokens a full window moves on; it is read anew then, with every token if it is 1.
         prefix_mask: (b, p), Perceiver AR's, of the first window's prefix; it moves with the tokens.

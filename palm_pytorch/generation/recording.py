@@ -66,7 +66,7 @@ def record(work: Callable[[], Tensor], again: Callable[[], None]) -> Callable[[]
                 work()
                 again()
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):  # its own would be on the first device that recorded
             result = work()
 
     def replay() -> Tensor:

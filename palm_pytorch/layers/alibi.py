@@ -15,7 +15,7 @@ def alibi_slopes(heads: int, device: torch.device | str | None = None) -> Tensor
     power of two, followed by every other slope of the next larger one.
     """
     expect_integer("heads", heads)
-    power = 1 << (heads.bit_length() - 1)
+    power = 1 << (int(heads).bit_length() - 1)
     exponents = torch.arange(1, power + 1, device=device) * (8 / power)
     between = torch.arange(1, 2 * (heads - power) + 1, 2, device=device) * (4 / power)
     return torch.exp2(-torch.cat([exponents, between]).float())

@@ -231,6 +231,14 @@ def test_a_last_norm_that_was_never_trained_is_skipped() -> None:
     assert load_reference(golden("palm_rlhf_0_2_1").state).config["final_norm"]
 
 
+@pytest.mark.parametrize("name", ["palm_pytorch", "palm_rlhf_0_2_1", "perceiver_ar"])
+def test_the_default_device_does_not_matter(name: str) -> None:
+    older = golden(name)
+    with torch.device("meta"):
+        model = load_reference(older.state, **CASES[name][1], device="cpu")
+    assert error(model(older.tokens), older.logits) <= 1e-5
+
+
 def test_xpos_is_asked_for_without_the_buffers() -> None:
     older = golden("palm_rlhf_0_2_1")
     bare = {name: tensor for name, tensor in older.state.items() if "rotary" not in name}
@@ -355,6 +363,8 @@ def test_a_size_that_is_not_so(case: str, name: str) -> None:
 def test_an_argument_that_there_is_not() -> None:
     with pytest.raises(ValueError, match="config: PaLM takes no gain; it takes num_tokens"):
         load_reference(golden("palm_pytorch").state, gain="gamma")
+    with pytest.raises(ValueError, match=r"qk_scale: expected None, .* no query-key norm"):
+        load_reference(golden("palm_rlhf_0_2_1").state, qk_scale=8)
 
 
 @pytest.mark.parametrize(
@@ -362,6 +372,7 @@ def test_an_argument_that_there_is_not() -> None:
     [
         ({}, ValueError, "expected the tensors of PaLM-pytorch, .*, got none"),
         ({"weight": torch.ones(2)}, ValueError, "expected the tensors of .* PaLM-flax, got weight"),
+        ({"0.fn.norm.gamma": torch.ones(2)}, ValueError, "lacks tensors of PaLM-pytorch: 0.weight, 1"),
         ({"1.fn.norm.gamma": "ones"}, TypeError, "expected tensors only, got a str for '1.fn.norm.gamma'"),
         ({"a": np.array(["x"])}, ValueError, "expected numbers for 'a', got dtype <U1"),
         (torch.ones(2), TypeError, "expected a path or names and tensors, got Tensor"),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from definitions import alibi_bias, error, plain_attention
+from small_models import SHAPE, Kind, P, V, build, each_of, variants_of
 from torch import Tensor, nn
 
 from palm_pytorch import LaMDA, PaLM, PaLMLite, PerceiverAR
@@ -19,35 +20,10 @@ from palm_pytorch.layers.parallel import ParallelBlock
 from palm_pytorch.models.language_model import LanguageModel
 from palm_pytorch.ops import AlibiBias, attention
 
-V, EOS = 37, 5
-SHAPE: dict[str, Any] = {"num_tokens": V, "dim": 24, "depth": 2, "heads": 6, "dim_head": 16, "ff_mult": 2}
-P, LONGEST = 9, 40
-LENGTHS = {"max_seq_len": LONGEST, "cross_attn_seq_len": P}
-Kind = Callable[..., LanguageModel]
-VARIANTS: list[tuple[Kind, dict[str, Any]]] = [
-    (PaLM, {}),
-    (PaLM, {"xpos": True, "xpos_scale_base": 20, "qk_norm": True, "norm": "layernorm"}),
-    (PaLMLite, {}),
-    (PaLMLite, {"qk_norm": True, "heads": 3, "tie_embeddings": False}),
-    (LaMDA, {}),
-    (LaMDA, {"kv_heads": 3, "num_buckets": 8, "max_distance": 12, "norm": "layernorm"}),
-    (PerceiverAR, LENGTHS),
-    (PerceiverAR, {**LENGTHS, "perceive_depth": 2, "kv_heads": 2, "dim_head": 48, "norm": "layernorm"}),
-]
-variants = pytest.mark.parametrize(
-    ("kind", "options"), VARIANTS, ids=[f"{k.__name__}-{len(o)}" for k, o in VARIANTS]
-)
-models = pytest.mark.parametrize(
-    ("kind", "options"), VARIANTS[::2], ids=[k.__name__ for k, _ in VARIANTS[::2]]
-)
-
-
-def build(kind: Kind, options: dict[str, Any], **more: Any) -> LanguageModel:
-    """Every weight at a size that matters, every gain away from one."""
-    net = kind(**{**SHAPE, **options, **more})
-    for weight in net.parameters():
-        nn.init.normal_(weight, mean=float(weight.dim() == 1), std=0.25)
-    return net.eval()
+EOS, LONGEST = 5, 40
+VARIANTS = variants_of(LONGEST)
+LENGTHS = VARIANTS[-2][1]  # Perceiver AR's
+variants, models = each_of(VARIANTS), each_of(VARIANTS[::2])
 
 
 def random_tokens(b: int, n: int) -> Tensor:
@@ -168,7 +144,7 @@ FAR = 150_000
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("kind", "options"), VARIANTS[:6], ids=[k.__name__ for k, _ in VARIANTS[:6]])
+@each_of(VARIANTS[:6])
 @torch.no_grad()
 def test_positions_past_100k(kind: Kind, options: dict[str, Any], dtype: torch.dtype) -> None:
     """Positions are relative, so tokens behind a long masked text are as at the start of one."""

@@ -7,35 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from small_models import Kind, V, build, each_of, variants_of
+from torch import Tensor
 
-from palm_pytorch import LaMDA, PaLM, PaLMLite, PerceiverAR
+from palm_pytorch import PaLM, PerceiverAR
 from palm_pytorch.generation import decode, recording
-from palm_pytorch.models.language_model import LanguageModel
 
-V = 37
-SHAPE: dict[str, Any] = {"num_tokens": V, "dim": 24, "depth": 2, "heads": 6, "dim_head": 16, "ff_mult": 2}
-Kind = Callable[..., LanguageModel]
-models = pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        (PaLM, {"xpos": True, "xpos_scale_base": 20}),
-        (PaLMLite, {}),
-        (LaMDA, {"num_buckets": 8, "max_distance": 12}),
-        (PerceiverAR, {"max_seq_len": 40, "cross_attn_seq_len": 9}),
-    ],
-    ids=["PaLM", "PaLMLite", "LaMDA", "PerceiverAR"],
-)
+models = each_of(variants_of(40)[1::2])
 PROMPT = torch.randint(V, (2, 12), generator=torch.Generator().manual_seed(3))
 MASK = torch.arange(12) >= torch.tensor([[0], [7]])
 NEW = decode.LEAST_STEPS + 6
-
-
-def build(kind: Kind, options: dict[str, Any]) -> LanguageModel:
-    net = kind(**SHAPE, **options)
-    for weight in net.parameters():
-        nn.init.normal_(weight, mean=float(weight.dim() == 1), std=0.25)
-    return net.eval()
 
 
 @pytest.fixture

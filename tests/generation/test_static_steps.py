@@ -5,7 +5,6 @@ Shapes: b rows; v num_tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 from unittest.mock import Mock, patch
@@ -13,42 +12,19 @@ from unittest.mock import Mock, patch
 import pytest
 import torch
 from definitions import error
-from torch import Tensor, nn
+from small_models import Kind, V, build, each_of, variants_of
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from palm_pytorch import LaMDA, PaLM, PaLMLite, PerceiverAR
 from palm_pytorch.generation import decode
 from palm_pytorch.layers.kv_cache import KVCache
 from palm_pytorch.layers.static_cache import StaticCache
 from palm_pytorch.models.language_model import LanguageModel
 
-V, P, LONGEST = 37, 9, 100
-SHAPE: dict[str, Any] = {"num_tokens": V, "dim": 24, "depth": 2, "heads": 6, "dim_head": 16, "ff_mult": 2}
-LENGTHS = {"max_seq_len": LONGEST, "cross_attn_seq_len": P}
-Kind = Callable[..., LanguageModel]
-VARIANTS: list[tuple[Kind, dict[str, Any]]] = [
-    (PaLM, {}),
-    (PaLM, {"xpos": True, "xpos_scale_base": 20, "qk_norm": True, "norm": "layernorm"}),
-    (PaLMLite, {}),
-    (PaLMLite, {"qk_norm": True, "heads": 3, "tie_embeddings": False}),
-    (LaMDA, {}),
-    (LaMDA, {"kv_heads": 3, "num_buckets": 8, "max_distance": 12, "norm": "layernorm"}),
-    (PerceiverAR, LENGTHS),
-    (PerceiverAR, {**LENGTHS, "perceive_depth": 2, "kv_heads": 2, "dim_head": 48, "norm": "layernorm"}),
-]
-variants = pytest.mark.parametrize(
-    ("kind", "options"), VARIANTS, ids=[f"{k.__name__}-{len(o)}" for k, o in VARIANTS]
-)
+VARIANTS = variants_of(100)
+variants = each_of(VARIANTS)
 MASK = torch.arange(20) >= torch.tensor([[0], [13], [4]])
-
-
-def build(kind: Kind, options: dict[str, Any]) -> LanguageModel:
-    """Every weight at a size that matters, every gain away from one."""
-    net = kind(**{**SHAPE, **options})
-    for weight in net.parameters():
-        nn.init.normal_(weight, mean=float(weight.dim() == 1), std=0.25)
-    return net.eval()
 
 
 def begun(net: LanguageModel, mask: Tensor | None = None, capacity: int = 80) -> KVCache:
@@ -114,7 +90,7 @@ def test_a_step_neither_waits_nor_copies_from_the_host(kind: Kind, options: dict
     starts = torch.arange(net.config.get("num_buckets", 1), device="meta")
     refused = {name: Mock(side_effect=AssertionError) for name in ("tensor", "as_tensor", "from_numpy")}
     bias = import_module("palm_pytorch.ops.attention.bias")
-    held = patch.object(bias, "_starts_on", lambda *_: starts)
+    held = patch.object(bias, "_starts_once", lambda *_: starts)
     with held, patch.multiple(torch, **refused), Elsewhere():
         assert decode.step(net, tokens, static).shape == (3, V)
     for reading in (lambda: int(tokens[0]), lambda: bool(tokens.any()), lambda: tokens.nonzero()):

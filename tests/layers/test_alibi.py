@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from definitions import ALIBI_SLOPES
@@ -15,6 +16,7 @@ def test_slopes(heads: int, expected: list[float]) -> None:
     assert slopes.dtype == torch.float32
     assert not slopes.requires_grad
     assert slopes.tolist() == pytest.approx(expected, rel=1e-7)
+    assert torch.equal(alibi_slopes(np.int64(heads)), slopes)
 
 
 def test_every_head_has_a_slope_of_its_own() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 from definitions import t5_bucket
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from palm_pytorch.layers import T5RelativeBias
 from palm_pytorch.ops import RelativeBias
@@ -82,3 +85,31 @@ def test_a_fresh_table_is_small_and_finite() -> None:
 def test_bad_settings_are_refused_when_built(arguments: dict[str, int], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         T5RelativeBias(**{"heads": 2, **arguments})
+
+
+@pytest.mark.parametrize("first", ["plain", "jvp of grad", "fake"])
+def test_no_kind_of_tensor_is_left_behind_for_another(first: str) -> None:
+    """The buckets' bounds are copied to a device once. Those that a transform or a fake had made served all
+    that came later, which then failed."""
+    starts = import_module("palm_pytorch.ops.attention.bias")._starts_once
+    starts.cache_clear()
+    table, far = torch.randn(32, 2, dtype=torch.float64), torch.tensor([0, 5, 500])
+
+    def loss(table: torch.Tensor) -> torch.Tensor:
+        return RelativeBias(table, 128).offsets(200).square().sum()
+
+    def jvp_of_grad() -> torch.Tensor:
+        return torch.func.jvp(torch.func.grad(loss), (table,), (table,))[1]
+
+    def fake() -> torch.Size:
+        with FakeTensorMode():
+            return RelativeBias(torch.zeros(32, 2), 128).offsets(200).shape
+
+    def plain() -> list[int]:
+        return RelativeBias(table, 128).buckets(far).tolist()
+
+    ways = {"plain": plain, "jvp of grad": jvp_of_grad, "fake": fake}
+    ways[first]()
+    # Quadratic: the Hessian times the weights is the gradient.
+    torch.testing.assert_close(jvp_of_grad(), torch.func.grad(loss)(table))
+    assert fake() == (2, 113) and plain() == [0, 5, 31]

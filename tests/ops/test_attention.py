@@ -654,3 +654,10 @@ def test_a_call_leaves_its_inputs_alone() -> None:
         problem.solve(case, backend)
         for name in ("q", "k", "v", "table", "grad"):
             assert torch.equal(getattr(problem, name), getattr(untouched, name)), (backend, name)
+
+
+def test_blockwise_on_a_device_without_autocast() -> None:
+    """Its backward pass switches autocast off, which such devices do not know."""
+    q, kv = torch.randn(1, 2, 5, 8, device="meta", requires_grad=True), torch.randn(1, 1, 5, 8, device="meta")
+    (found,) = torch.autograd.grad(attention(q, kv, kv, backend="blockwise").sum(), q)
+    assert found.shape == q.shape and found.is_meta

@@ -75,7 +75,8 @@ class Layout:
 
         converted = self.convert(older)
         found = {line.ours: older[line.theirs] for line in buffers if line.theirs in older}
-        config = self.config(converted, found, given)
+        with torch.device("cpu"):  # what buffers should be, whatever the default device
+            config = self.config(converted, found, given)
         for name, value in given.items():
             if name not in self.answers and config.setdefault(name, value) != value:
                 expected = f"expected {config[name]!r}, as these weights have it"
@@ -100,7 +101,7 @@ def count_blocks(lines: Iterable[Line], names: Collection[str]) -> dict[str, int
         if "{i}" in line.ours:
             pattern = re.escape(line.theirs).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{n\}", r"(?P<n>\d+)")
             found = [match.groupdict() for name in names if (match := re.fullmatch(pattern, name))]
-            last = max((int(block.get("n", 0)) or int(block["i"]) + 1 for block in found), default=1)
+            last = max((int(b["n"]) if "n" in b else int(b["i"]) + 1 for b in found), default=1)
             blocks = line.ours.split(".")[0]
             depths[blocks] = max(depths.get(blocks, 1), min(last, len(names)))
     return depths

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,17 +68,16 @@ def check_buffers(buffers: Tensors, weights: Tensors, d: int) -> None:
 # ------------------------------------------------------------------------------------------- PaLM-pytorch
 
 
-def palm_config(weights: Tensors, buffers: Tensors, given: Mapping[str, Any]) -> dict[str, Any]:
-    shape = shape_of(weights, narrow=2)
+def parallel_config(
+    weights: Tensors, buffers: Tensors, given: Mapping[str, Any], *, narrow: int, norm: str
+) -> dict[str, Any]:
+    shape = shape_of(weights, narrow)
     check_buffers(buffers, weights, shape["dim_head"])
-    return {**shape, "norm": "layernorm", "tie_embeddings": True}
+    return {**shape, "norm": norm, "tie_embeddings": True}
 
 
-def palm_lite_config(weights: Tensors, buffers: Tensors, given: Mapping[str, Any]) -> dict[str, Any]:
-    shape = shape_of(weights, narrow=1)
-    check_buffers(buffers, weights, shape["dim_head"])
-    return {**shape, "norm": "rmsnorm-clamped", "tie_embeddings": True}
-
+palm_config = partial(parallel_config, narrow=2, norm="layernorm")
+palm_lite_config = partial(parallel_config, narrow=1, norm="rmsnorm-clamped")
 
 PALM = Layout(
     project="PaLM-pytorch",
@@ -124,8 +124,7 @@ def palm_rlhf_config(weights: Tensors, buffers: Tensors, given: Mapping[str, Any
     """Its versions differ under the same names: in what a gain is, in whether logits are read off the normed
     stream, and early ones in the scale of normed queries.
     """
-    shape = shape_of(weights, narrow=2)
-    check_buffers(buffers, weights, shape["dim_head"])
+    shape = palm_config(weights, buffers, given)
     gains = {name: w for name, w in weights.items() if name == "norm.weight" or name.endswith(".norm.weight")}
     gain, final_norm = given.get("gain"), given.get("final_norm")
     if gain is None:
@@ -140,8 +139,10 @@ def palm_rlhf_config(weights: Tensors, buffers: Tensors, given: Mapping[str, Any
         del weights["norm.weight"]
 
     qk_norm = "layers.0.q_norm.weight" in weights
-    if qk_norm and given.get("qk_scale") is not None:  # ours scales by dim_head^-0.5
+    if given.get("qk_scale") is not None:  # ours scales by dim_head^-0.5
         expect_number("qk_scale", given["qk_scale"], above=0)
+        if not qk_norm:
+            raise ValueError("qk_scale: expected None, since these weights have no query-key norm")
         for name in [name for name in weights if name.endswith(".q_norm.weight")]:
             weights[name] = weights[name] * (given["qk_scale"] * shape["dim_head"] ** 0.5)
 
@@ -150,8 +151,8 @@ def palm_rlhf_config(weights: Tensors, buffers: Tensors, given: Mapping[str, Any
     else:
         xpos = needed("xpos", given, "without the rotary buffers, nothing tells whether there was xPos")
     base = given.get("xpos_scale_base", 512)  # that code's default; it is saved nowhere
-    config = {"norm": "layernorm", "qk_norm": qk_norm, "final_norm": final_norm, "tie_embeddings": True}
-    return {**shape, **config, "xpos": xpos, "xpos_scale_base": base}
+    config = {"qk_norm": qk_norm, "final_norm": final_norm, "xpos": xpos, "xpos_scale_base": base}
+    return {**shape, **config}
 
 
 def gain_of(gains: Tensors) -> str:

@@ -61,8 +61,8 @@ def attention(
     """Scaled dot-product attention, `softmax(scale * q k^T + bias) v`, with grouped or a single key/value
     head.
 
-    q: (b, h, i, d).  k, v: (b, g, j, d), g dividing h; query head number x uses key/value head `x // (h /
-    g)`.
+    q: (b, h, i, d).  k, v: (b, g, j, d), g dividing h; query head number x uses key/value head
+    `x // (h / g)`.
     causal: aligned to the end: query i sees keys `<= i + j_len - i_len`.
     bias: `AlibiBias` or `RelativeBias`, of the distance between query and key under that alignment.
     key_mask: (b, j) bool, True where a key may be attended to.

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from palm_pytorch.ops.arguments import expect_floating, expect_integer
+from palm_pytorch.ops.derivatives import transformed
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ class RelativeBias:
 
     Adds `scale * table[bucket(distance), head]`; a key after the query counts as distance 0.
     table: (buckets, h), gets its gradient. max_distance: from here on every distance shares the last bucket.
-    at: (1,) integer, which key a single query is at, where that is not the last of them: a key mask has to
-    hide those behind it then. On the device, so that the host need not know. Not with documents. For
-    "reference" and "sdpa", without gradients for "triton", and for "blockwise" without dropout, too.
+    at: (1,) integer on the device: which key a single query is at, where that is not the last; a key mask has
+    to hide those behind it. "reference" and "sdpa" always serve it, "triton" without gradients, "blockwise"
+    without gradients and dropout, "flex" never; nor does it go with documents.
     """
 
     table: Tensor
@@ -76,17 +78,21 @@ class RelativeBias:
 
     def buckets(self, distance: Tensor) -> Tensor:
         """Bucket of each distance (any shape, integer), in [0, buckets)."""
-        starts = _starts_on(distance.device, self.table.shape[0], self.max_distance)
+        plain = type(distance) is Tensor and not transformed() and not torch.compiler.is_compiling()
+        starts = (_starts_once if plain else _starts)(distance.device, self.table.shape[0], self.max_distance)
         return torch.bucketize(distance.clamp(min=0), starts, right=True) - 1
+
+    def reach(self, j_len: int) -> int:
+        """The distance from which on the bias is the last bucket's, or there are no keys."""
+        return min(bucket_starts(self.table.shape[0], self.max_distance)[-1], j_len)
 
     def offsets(self, j_len: int) -> Tensor:
         """How the bias at distance 0, 1 .. reach - 1 differs from the last bucket's, (h, reach),
         differentiable in `table`; further behind it does not, or there are no keys. Softmax ignores what all
         keys have in common, so this is all that attention needs to know.
         """
-        reach = min(bucket_starts(self.table.shape[0], self.max_distance)[-1], j_len)
         table = self.wide
-        near = table[self.buckets(torch.arange(reach, device=table.device))]
+        near = table[self.buckets(torch.arange(self.reach(j_len), device=table.device))]
         return ((near - table[-1]) * self.scale).T
 
     def windows(self, i_len: int, j_len: int) -> Tensor:
@@ -115,20 +121,15 @@ def key_distance(i_len: int, j_len: int, device: torch.device, at: Tensor | None
     return i[:, None] - torch.arange(j_len, device=device)
 
 
-_starts_by_device: dict[tuple[torch.device, int, int], Tensor] = {}
+def _starts(device: torch.device, num_buckets: int, max_distance: int) -> Tensor:
+    """`bucket_starts` as a tensor."""
+    with torch.inference_mode(False):
+        return torch.tensor(bucket_starts(num_buckets, max_distance), device=device)
 
 
-def _starts_on(device: torch.device, num_buckets: int, max_distance: int) -> Tensor:
-    """`bucket_starts` as a tensor, copied to a device once: no step waits for it, and a CUDA graph can be
-    recorded."""
-    key = device, num_buckets, max_distance
-    if torch.compiler.is_compiling() or key not in _starts_by_device:
-        with torch.inference_mode(False):
-            starts = torch.tensor(bucket_starts(num_buckets, max_distance), device=device)
-        if torch.compiler.is_compiling() or type(starts) is not Tensor:  # no numbers behind it
-            return starts
-        _starts_by_device[key] = starts
-    return _starts_by_device[key]
+# Copied to a device once: no step waits for it, and a CUDA graph can be recorded. Not beside tensors that
+# have no numbers, or stand for many.
+_starts_once = cache(_starts)
 
 
 def bucket_starts(num_buckets: int, max_distance: int) -> list[int]:
@@ -153,9 +154,8 @@ def bucket_starts(num_buckets: int, max_distance: int) -> list[int]:
 def alibi_features(
     slopes: Tensor, queries: Tensor, keys: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Query features (i, *slopes.shape, f) and key features (j, f) whose dot product is `slope * (key -
-    query)`:
-    causal ALiBi inside the product q k^T itself.
+    """Query features (i, *slopes.shape, f) and key features (j, f) whose dot product is
+    `slope * (key - query)`: causal ALiBi inside the product q k^T itself.
 
     A half precision holds neither slopes nor positions exactly, so slopes are split into three parts and
     positions into base-256 digits, each of which it does hold; the products are exact and are summed in the

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from palm_pytorch.ops.attention.bias import AlibiBias, Bias, RelativeBias, bucket_starts, key_distance
+from palm_pytorch.ops.attention.bias import AlibiBias, Bias, RelativeBias, key_distance
+from palm_pytorch.ops.autocast import no_autocast
 from palm_pytorch.ops.derivatives import first_derivative_only
 
 # Most queries in a block, and most scores: on a CPU a few score blocks should fit in the last-level cache.
@@ -62,7 +63,7 @@ def blockwise(
         raise ValueError(
             "backend 'blockwise': bias: expected `at` to be None with dropout or gradients; 'sdpa' can"
         )
-    seed = int(torch.randint(1 << 62, ())) if dropout_p > 0 else 0
+    seed = int(torch.randint(1 << 62, (), device="cpu")) if dropout_p > 0 else 0
     per_head = None if bias is None else bias.per_head
     # Inside a Function gradients look wanted even where they are switched off.
     keep = torch.is_grad_enabled() and q.numel() // q.shape[-1] * k.shape[2] <= MAX_KEPT
@@ -174,7 +175,7 @@ class _Blockwise(torch.autograd.Function):
     @first_derivative_only("backend 'blockwise'", "backend 'reference'")
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         # In the dtypes of forward, whatever surrounds the call of backward.
-        with torch.autocast(grad_out.device.type, enabled=False):
+        with no_autocast(grad_out.device):
             return _Blockwise.gradients(ctx, grad_out)
 
     @staticmethod
@@ -354,10 +355,7 @@ class _Band:
         causal: bool,
     ) -> None:
         self.bias = bias
-        # No key is further behind than there are keys.
-        self.reach = (
-            0 if bias is None else min(bucket_starts(bias.table.shape[0], bias.max_distance)[-1], j_len)
-        )
+        self.reach = 0 if bias is None else bias.reach(j_len)
         row, column = torch.arange(rows, device=q.device), torch.arange(self.reach + ahead, device=q.device)
         distance = row[:, None] - column + self.reach
         values = torch.zeros(1, rows, 1, len(column), device=q.device)

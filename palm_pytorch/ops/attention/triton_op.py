@@ -47,14 +47,13 @@ if CANNOT_LAUNCH is not None:
 
 def refusal(q: Tensor) -> str | None:
     """Why the kernels cannot serve these queries, or None."""
-    if q.device.type == "cuda" and CANNOT_LAUNCH is not None:
-        return f"q: expected a GPU for which Triton can compile ({CANNOT_LAUNCH})"
-    if q.device.type != "cuda" and not (INTERPRETED and q.device.type == "cpu"):
+    if q.device.type == "cuda":
+        if CANNOT_LAUNCH is not None:
+            return f"q: expected a GPU for which Triton can compile ({CANNOT_LAUNCH})"
+        if torch.version.hip or torch.cuda.get_device_properties(q.device).major < 8:
+            return "q: expected an NVIDIA GPU of compute capability 8.0 or newer"
+    elif not (INTERPRETED and q.device.type == "cpu"):
         return f"q: expected a CUDA tensor (or TRITON_INTERPRET=1 and a CPU tensor), got one on {q.device}"
-    if q.device.type == "cuda" and (
-        torch.version.hip or torch.cuda.get_device_properties(q.device).major < 8
-    ):
-        return "q: expected an NVIDIA GPU of compute capability 8.0 or newer"
     if q.dtype not in DTYPES:
         return f"q: expected float16, bfloat16 or float32, got {q.dtype}"
     if q.shape[-1] > MAX_DIM_HEAD:

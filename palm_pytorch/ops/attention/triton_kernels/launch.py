@@ -131,11 +131,6 @@ def _run(kernel: Any, programs: int, *arguments: Any, launch: Launch, **constant
     )
 
 
-def _by_row(problem: _Problem, copies: int = 1) -> tuple[int, int]:
-    """The shape of a tensor with a number for each row of each group."""
-    return copies * problem.groups, problem.rows
-
-
 def run_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     q, k, v = packed(q, q.shape[1] // k.shape[1]), packed(k), packed(v)
     problem = _Problem.of(q, k, *options)
@@ -150,11 +145,11 @@ def run_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor,
     single = splits == blocks
     if single:  # nothing comes after that could be fetched meanwhile
         launch = launch._replace(stages=1)
-    out, lse = empty_like(q), q.new_empty(_by_row(problem), dtype=torch.float32)
+    out, lse = empty_like(q), q.new_empty(problem.groups, problem.rows, dtype=torch.float32)
     parts, part_lse = out, lse
     if splits > 1:
         parts = empty_like(q, splits * q.shape[0], torch.float32)
-        part_lse = q.new_empty(_by_row(problem, splits), dtype=torch.float32)
+        part_lse = lse.new_empty(splits * problem.groups, problem.rows)
     with torch.cuda.device_of(q):
         _run(
             forward,

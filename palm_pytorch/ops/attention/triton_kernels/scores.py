@@ -93,25 +93,25 @@ def products(rows, keys, tilt, place, TILTED: tl.constexpr):
 
 @triton.jit
 def add_bias(
-    z, query, head, key, first_key, slope, call, H: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr,
+    z, query, head, place, first_key, slope, call, H: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr,
     TILTED: tl.constexpr,
 ):  # fmt: skip
     """Adds to products what is not in them of the bias, less `lift_of`, and hides the keys ahead. query,
-    head, slope and key are shaped to broadcast against z; key counts from first_key."""
+    head, slope and place, of a key in its block, are shaped to broadcast against z."""
     bias = call.bias
     position = query + (shift_of(call) - first_key)
     if bias.slopes is not None and not TILTED:
         if CAUSAL:
             # As a sum of its own it would become what the product starts from, and take registers.
-            z = tl.fma(slope, key.to(tl.float32), z)
+            z = tl.fma(slope, place.to(tl.float32), z)
         else:
-            z -= slope * tl.abs(position - key).to(tl.float32)
+            z -= slope * tl.abs(position - place).to(tl.float32)
     if EDGE:
-        distance = position - key
+        distance = position - place
         if bias.offsets is not None:
             at = tl.minimum(tl.maximum(distance, 0), bias.reach) * H + head
             z += tl.load(bias.offsets + at)
-        visible = first_key + key < call.j_len
+        visible = first_key + place < call.j_len
         if CAUSAL:
             visible = visible & (distance >= 0)
         z = tl.where(visible, z, float("-inf"))
