@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 
 import plain
 import torch
-from machine import RESULTS, describe_machine, warn_if_busy
+from machine import RESULTS, Machine, describe_machine, warn_if_busy
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -77,39 +76,6 @@ BATCH = 16
 FLAT_TARGET, BATCH_TARGET, FLOOR_TARGET, LARGE_FLOOR_TARGET = 1.3, 6.0, 0.6, 0.65
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Where to run. precision: of our weights; the plain twin's are float32."""
-
-    device: torch.device
-    precision: torch.dtype
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def seconds(self, work: Callable[[], object]) -> float:
-        start = self.now()
-        work()
-        return self.now() - start
-
-    def mark(self) -> Any:
-        """A moment, which a GPU is not waited for at, so that the next token may be on its way."""
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def between(self, marks: list[Any]) -> list[float]:
-        """The seconds from each mark to the next."""
-        self.now()
-        if self.device.type != "cuda":
-            return [stop - start for start, stop in pairwise(marks)]
-        return [start.elapsed_time(stop) / 1000 for start, stop in pairwise(marks)]
-
-
 def build(case: Case, machine: Machine) -> tuple[LanguageModel, nn.Module]:
     """Ours and the plain twin, with the same weights, in float32."""
     torch.manual_seed(0)
@@ -145,10 +111,22 @@ def token_seconds(
 ) -> list[float]:
     """The time of each new token; the first one's includes reading the prompt."""
     machine.now()
-    marks = [machine.mark()]
+    marks = [mark(machine)]
     for _ in ours.stream(prompt, new, temperature=0, **options):
-        marks.append(machine.mark())
-    return machine.between(marks)
+        marks.append(mark(machine))
+    machine.now()
+    if machine.device.type != "cuda":
+        return [stop - start for start, stop in pairwise(marks)]
+    return [start.elapsed_time(stop) / 1000 for start, stop in pairwise(marks)]
+
+
+def mark(machine: Machine) -> Any:
+    """A moment, which a GPU is not waited for at, so that the next token may be on its way."""
+    if machine.device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def plain_seconds(case: Case, machine: Machine, rounds: int) -> float:

@@ -1,9 +1,12 @@
-"""The machine that a benchmark ran on, in words that its results keep."""
+"""The machine that a benchmark runs on: its clock, and what it is, in words that results keep."""
 
 from __future__ import annotations
 
 import os
 import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,25 @@ import palm_pytorch
 RESULTS = Path(__file__).parent / "results"
 # What is called busy: other processes' share of a core, over the last minute.
 BUSY_LOAD = 0.5
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how to run. precision: of the package's products or weights; the plain twins' is float32."""
+
+    device: torch.device
+    precision: torch.dtype
+
+    def now(self) -> float:
+        """Seconds, when all that was asked of the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        start = self.now()
+        work()
+        return self.now() - start
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import argparse
 import json
 import multiprocessing
 import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +23,7 @@ from typing import Any
 
 import plain
 import torch
-from machine import RESULTS, describe_machine, warn_if_busy
+from machine import RESULTS, Machine, describe_machine, warn_if_busy
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -85,25 +84,6 @@ CASES = (
 MODELS = tuple(dict.fromkeys(case.model for case in CASES))
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Where and how to run. precision: of the package's matrix products; the plain twins stay in float32."""
-
-    device: torch.device
-    precision: torch.dtype
-
-    def seconds(self, work: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        work()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    def peak_bytes(self) -> int:
-        """The most that this process has occupied of the device's memory so far."""
-        return peak_memory(self.device)
-
-
 def build(case: Case, side: str) -> nn.Module:
     """The model of that side; both have the same weights."""
     torch.manual_seed(0)
@@ -151,10 +131,10 @@ def serve(pipe: Connection, case: Case, side: str, machine: Machine) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    built = machine.peak_bytes()
+    built = peak_memory(machine.device)
     while pipe.recv() is not None:
         pipe.send(machine.seconds(step))
-    pipe.send(machine.peak_bytes() - built)
+    pipe.send(peak_memory(machine.device) - built)
 
 
 class Side:

@@ -21,8 +21,9 @@ from palm_pytorch.data.shards import read_manifest, verify
 from palm_pytorch.data.tokenizer import ByteTokenizer, InvalidBytes, expect_tokenizer, stored_tokenizer
 from palm_pytorch.training.chatting import ChatOptions, chat
 from palm_pytorch.training.config import TrainConfig
-from palm_pytorch.training.evaluation import EvaluateOptions, evaluate_model
+from palm_pytorch.training.evaluating import EvaluateOptions, evaluate_model
 from palm_pytorch.training.faults import TRAINING_FAILED
+from palm_pytorch.training.generating import GenerateOptions, write
 from palm_pytorch.training.loop import train
 from palm_pytorch.training.options import add_options, option
 from palm_pytorch.training.plot import PlotOptions, plot_runs
@@ -30,7 +31,6 @@ from palm_pytorch.training.preparing import PrepareOptions, prepare_folder
 from palm_pytorch.training.run import prepare
 from palm_pytorch.training.tokenizing import TokenizerOptions, decode, encode, train_on
 from palm_pytorch.training.trained import read_any
-from palm_pytorch.training.writing import GenerateOptions, write
 
 # Of options, files and what is not installed.
 REFUSALS = (ValueError, TypeError, OSError, ModuleNotFoundError)
@@ -71,6 +71,8 @@ def refusing(command: Callable[P, None]) -> Callable[P, int]:
             command(*args, **given)
         except REFUSALS as error:
             return fail(error)
+        except RuntimeError as error:
+            return fail(memory_error(error))
         return 0
 
     return run
@@ -145,18 +147,6 @@ def train_tokenizer_command(sources: list[str], **given: Any) -> None:
 
 
 @refusing
-def encode_command(tokenizer: str, invalid_bytes: InvalidBytes) -> None:
-    """Show the tokens of a text."""
-    encode(tokenizer, invalid_bytes)
-
-
-@refusing
-def decode_command(tokenizer: str) -> None:
-    """Show the text of tokens."""
-    decode(tokenizer)
-
-
-@refusing
 def evaluate_command(source: str, **given: Any) -> None:
     """Score a model on a whole split."""
     evaluate_model(source, EvaluateOptions(**given))
@@ -220,9 +210,9 @@ def add_tokenizer_commands(commands: Any) -> None:
         verbs, "train", "make a SentencePiece tokenizer of a text", train_tokenizer_command, TokenizerOptions
     )
     maker.add_argument("sources", nargs="+", metavar="SOURCE", help="as --data of palm train has it")
-    encoder = add_command(verbs, "encode", "print the tokens of standard input", encode_command)
+    encoder = add_command(verbs, "encode", "print the tokens of standard input", refusing(encode))
     encoder.add_argument("--invalid-bytes", choices=get_args(InvalidBytes), default="keep")
-    decoder = add_command(verbs, "decode", "write the text of tokens, as bytes", decode_command)
+    decoder = add_command(verbs, "decode", "write the text of tokens, as bytes", refusing(decode))
     for verb in (encoder, decoder):
         verb.add_argument("tokenizer", help="'bytes', or its file")
 

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub, through `huggingface_hub` and its mixin, which are an extra.
+"""Models on the Hugging Face hub, through `huggingface_hub`, which is an extra.
 
 What `push_to_hub` uploads is what `save_pretrained` writes, and is checked like that when it comes back.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from palm_pytorch.checkpoints.native import CONFIG_FILE, INDEX_FILE, load_folder, sha256
+from palm_pytorch.checkpoints.native import CONFIG_FILE, INDEX_FILE, load_folder
 from palm_pytorch.checkpoints.reference import load_reference
+from palm_pytorch.data.durable import file_digest
 from palm_pytorch.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from palm_pytorch.models import preset
 from palm_pytorch.models.language_model import LanguageModel
@@ -55,21 +55,20 @@ def load_from_hub(
         ConnectionError: the hub could not be reached, and the model is not in the cache.
         ValueError: what came is damaged or no model of `kind`.
     """
-    mixin = hub_model()
+    hub, load = huggingface(), {"kind": kind, "device": device, "dtype": dtype, **config}
     with plain_errors(repo_id):
-        found = mixin.from_pretrained(
-            repo_id, revision=revision, kind=kind, device=device, dtype=dtype, overrides=config
-        )
-    return found.wrapped
+        if repo_id in PUBLIC:
+            path = Path(hub.hf_hub_download(repo_id, PUBLIC[repo_id].file, revision=revision))
+            return load_public(path, PUBLIC[repo_id], **load)
+        files = [CONFIG_FILE, INDEX_FILE, "*.safetensors", *TOKENIZER_FILES.values()]
+        return load_folder(hub.snapshot_download(repo_id, revision=revision, allow_patterns=files), **load)
 
 
 def fetch_tokenizer(repo_id: str) -> Tokenizer:
     """The tokenizer of a repository that has one of Hugging Face's; raises as `load_from_hub`."""
-    hub_model()
-    import huggingface_hub
-
+    hub = huggingface()
     with plain_errors(repo_id):
-        return load_tokenizer(huggingface_hub.hf_hub_download(repo_id, TOKENIZER_FILES[".json"]))
+        return load_tokenizer(hub.hf_hub_download(repo_id, TOKENIZER_FILES[".json"]))
 
 
 @contextmanager
@@ -102,46 +101,25 @@ def push_to_hub(model: LanguageModel, repo_id: str, **options: Any) -> str:
 
     options: those of `huggingface_hub.ModelHubMixin.push_to_hub`, as private, token, branch.
     """
-    return hub_model()(model).push_to_hub(repo_id, **options)
+    huggingface()
+    from huggingface_hub import ModelHubMixin
+
+    class HubModel(ModelHubMixin, library_name="palm_pytorch", tags=["text-generation"]):
+        def _save_pretrained(self, save_directory: Path) -> None:
+            model.save_pretrained(save_directory)
+
+    return HubModel().push_to_hub(repo_id, **options)
 
 
-@cache
-def hub_model() -> Any:
-    """A class around a model that saves and loads it as huggingface_hub's mixin asks."""
+def huggingface() -> Any:
+    """The package of that name, or an error that says how to get it."""
     try:
         import huggingface_hub
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "models on the hub need huggingface_hub: pip install huggingface_hub", name=error.name
         ) from error
-
-    class HubModel(huggingface_hub.ModelHubMixin, library_name="palm_pytorch", tags=["text-generation"]):
-        def __init__(self, wrapped: LanguageModel) -> None:
-            self.wrapped = wrapped
-
-        def _save_pretrained(self, save_directory: Path) -> None:
-            self.wrapped.save_pretrained(save_directory)
-
-        @classmethod
-        def _from_pretrained(  # type: ignore[override]  # ours is called with more
-            cls,
-            *,
-            model_id: str,
-            kind: type[LanguageModel],
-            device: torch.device | str | None,
-            dtype: torch.dtype | None,
-            overrides: dict[str, Any],
-            **where: Any,
-        ) -> HubModel:
-            load: dict[str, Any] = {"device": device, "dtype": dtype, **overrides}
-            if model_id in PUBLIC:
-                path = Path(huggingface_hub.hf_hub_download(model_id, PUBLIC[model_id].file, **where))
-                return cls(load_public(path, PUBLIC[model_id], kind=kind, **load))
-            files = [CONFIG_FILE, INDEX_FILE, "*.safetensors", *TOKENIZER_FILES.values()]
-            folder = huggingface_hub.snapshot_download(model_id, allow_patterns=files, **where)
-            return cls(load_folder(folder, kind=kind, **load))
-
-    return HubModel
+    return huggingface_hub
 
 
 def load_public(
@@ -157,7 +135,7 @@ def load_public(
         raise ValueError(f"{path}: expected the {public.size:,} bytes of the public file, got {size:,}")
     # The hub's cache keeps a large file under its SHA-256, and links to it.
     blob = path.resolve().name
-    if len(blob) == 64 and sha256(path) != blob:
+    if len(blob) == 64 and file_digest(path).hexdigest() != blob:
         raise ValueError(f"{path}: is damaged: its SHA-256 is not the hub's")
     model = load_reference(path, gain="gamma", **{**preset(public.preset), **load})
     if not isinstance(model, kind):

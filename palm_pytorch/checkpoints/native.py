@@ -11,7 +11,6 @@ with a `config.json` holds a model, and one whose files do not belong together i
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import os
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from palm_pytorch.data.durable import file_digest
 from palm_pytorch.data.tokenizer import ByteTokenizer, Tokenizer, expect_tokenizer, stored_tokenizer
 from palm_pytorch.models import LaMDA, PaLM, PaLMLite, PerceiverAR
 from palm_pytorch.models.language_model import LanguageModel
@@ -77,7 +77,7 @@ def save_pretrained(
             file = "model.safetensors" if last == 1 else f"model-{number:05d}-of-{last:05d}.safetensors"
             shard = {name: tensors[name].contiguous() for name in names}
             save_file(shard, partial / file, metadata={"format": "pt", "palm_pytorch": __version__})
-            sums[file] = sha256(partial / file)
+            sums[file] = file_digest(partial / file).hexdigest()
             places |= dict.fromkeys(names, file)
         if len(shards) > 1:
             total = sum(tensor.nbytes for tensor in tensors.values())
@@ -179,7 +179,7 @@ def load_folder(
             raise FileNotFoundError(
                 f"{folder / file}: expected the weights that {CONFIG_FILE} lists, got none"
             )
-        if sha256(folder / file) != expected:
+        if file_digest(folder / file).hexdigest() != expected:
             raise ValueError(f"{folder / file}: is damaged: its SHA-256 is not the one in {CONFIG_FILE}")
     chosen = MODELS[saved["model"]]
     if issubclass(kind, chosen):  # the user's own
@@ -301,11 +301,3 @@ def refuse_names(source: str, what: str, names: list[str]) -> None:
     if names:
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         raise ValueError(f"{source} {what}: {', '.join(names[:8])}{more}")
-
-
-def sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            found.update(chunk)
-    return found.hexdigest()

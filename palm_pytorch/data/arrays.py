@@ -12,7 +12,7 @@ Shapes: b rows of n = seq_len tokens.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +24,10 @@ from palm_pytorch.data.blocks import SHARES, SPLITS, split_of
 from palm_pytorch.data.corpus import fingerprint
 from palm_pytorch.data.order import ROUNDS, epoch_draws, permute
 from palm_pytorch.data.tokenizer import IntegerTokenizer
-from palm_pytorch.data.windows import train_batch
+from palm_pytorch.data.windows import split_by_position, train_batch
 
 DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 ARRAY_FILES = (".npy", ".bin")
-Split = Literal["train", "valid", "test"]
 
 
 def is_array(path: Path) -> bool:
@@ -98,38 +97,32 @@ def check_values(values: np.ndarray, num_values: int, path: Path) -> None:
             )
 
 
-@dataclass(frozen=True)
 class IntegerData:
     """What both kinds have of a `Dataset`."""
 
-    values: np.ndarray
-    path: Path
-    tokenizer: IntegerTokenizer
-    seq_len: int
+    def __init__(self, values: np.ndarray, path: Path, tokenizer: IntegerTokenizer, seq_len: int) -> None:
+        self.values, self.path, self.tokenizer, self.seq_len = values, path, tokenizer, seq_len
+        self.name, self.origin, self.num_tokens = path.name, str(path), tokenizer.num_tokens
 
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    @property
-    def origin(self) -> str:
-        return str(self.path)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.tokenizer.num_tokens
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A process that is given it maps the file for itself."""
+        dtype = str(self.values.dtype) if self.path.suffix == ".bin" else None
+        return _reopen, (type(self), self.path, dtype, self.tokenizer, self.seq_len)
 
     @property
     def fingerprint(self) -> str:
         found = fingerprint(self.values.reshape(-1).view(np.uint8))
         return hashlib.sha256(f"{self.tokenizer} {self.values.shape} {found}".encode()).hexdigest()
 
-    def describe(self, unit: str, sizes: dict[Any, int]) -> str:
-        parts = ", ".join(f"{split} {size:,}" for split, size in sizes.items())
+    def describe(self, unit: str, splits: dict[str, np.ndarray]) -> str:
+        parts = ", ".join(f"{split} {len(part):,}" for split, part in splits.items())
         return f"{self.name}: {self.origin}; {self.tokenizer}, {unit} to {parts}"
 
 
-@dataclass(frozen=True)
+def _reopen(kind: type[IntegerData], path: Path, dtype: str | None, *rest: Any) -> IntegerData:
+    return kind(map_array(path, dtype), path, *rest)
+
+
 class StreamDataset(IntegerData):
     """`(length,)`: 90% to train, then 5% to validate and 5% to test.
 
@@ -137,35 +130,24 @@ class StreamDataset(IntegerData):
         ValueError: a split is too short for a window of `seq_len + 1` values.
     """
 
-    def __post_init__(self) -> None:
-        if len(self.values) < (needed := 20 * (self.seq_len + 1)):
-            raise ValueError(
-                f"{self.path} is too short: {len(self.values):,} values, and seq_len={self.seq_len} needs "
-                f"{needed:,}, for 5% to validate and 5% to test to hold a window each"
-            )
-
-    def split(self, split: Split) -> np.ndarray:
-        first, second = len(self.values) * 90 // 100, len(self.values) * 95 // 100
-        return self.values[
-            {"train": slice(first), "valid": slice(first, second), "test": slice(second, None)}[split]
-        ]
+    def __init__(self, values: np.ndarray, path: Path, tokenizer: IntegerTokenizer, seq_len: int) -> None:
+        super().__init__(values, path, tokenizer, seq_len)
+        self.splits = split_by_position(values, seq_len, str(path))
 
     def __str__(self) -> str:
-        splits: tuple[Split, ...] = ("train", "valid", "test")
-        return self.describe("values", {split: len(self.split(split)) for split in splits})
+        return self.describe("values", self.splits._asdict())
 
     def batch(self, *, seed: int, index: int, rows: range) -> Batch:
         """See `Dataset.batch` and `train_batch`."""
         return Batch.of_windows(
-            train_batch(self.split("train"), seq_len=self.seq_len, seed=seed, step=index, rows=rows)
+            train_batch(self.splits.train, seq_len=self.seq_len, seed=seed, step=index, rows=rows)
         )
 
     def held_out(self, split: Literal["valid", "test"]) -> HeldOut:
-        tokens = self.split(split)
+        tokens = getattr(self.splits, split)
         return HeldOut(tokens, num_bytes=len(tokens) - 1)
 
 
-@dataclass(frozen=True)
 class SequenceDataset(IntegerData):
     """`(sequences, seq_len)`: each is a row of a batch, whole. A twentieth is to validate, another to test.
 
@@ -173,27 +155,20 @@ class SequenceDataset(IntegerData):
         ValueError: the sequences are of another length, or too few.
     """
 
-    splits: dict[str, np.ndarray] = field(init=False)
-
-    def __post_init__(self) -> None:
-        if self.values.shape[1] != self.seq_len:
+    def __init__(self, values: np.ndarray, path: Path, tokenizer: IntegerTokenizer, seq_len: int) -> None:
+        super().__init__(values, path, tokenizer, seq_len)
+        if values.shape[1] != seq_len:
             raise ValueError(
-                f"seq_len is {self.seq_len}; expected {self.values.shape[1]}, the length of the sequences in "
-                f"{self.path}"
+                f"seq_len is {seq_len}; expected {values.shape[1]}, the length of the sequences in {path}"
             )
-        found = [split_of(hashlib.sha256(row.tobytes()).digest(), SHARES) for row in self.values]
-        splits = {split: np.flatnonzero(np.equal(found, n)) for n, split in enumerate(SPLITS)}
-        for split, numbers in splits.items():
+        found = [split_of(hashlib.sha256(row.tobytes()).digest(), SHARES) for row in values]
+        self.splits = {split: np.flatnonzero(np.equal(found, n)) for n, split in enumerate(SPLITS)}
+        for split, numbers in self.splits.items():
             if len(numbers) == 0:
-                raise ValueError(
-                    f"{self.path} is too small: none of {len(found):,} sequences falls to {split}"
-                )
-        object.__setattr__(self, "splits", splits)
+                raise ValueError(f"{path} is too small: none of {len(found):,} sequences falls to {split}")
 
     def __str__(self) -> str:
-        return self.describe(
-            "sequences", {split: len(self.splits[split]) for split in ("train", "valid", "test")}
-        )
+        return self.describe("sequences", self.splits)
 
     def read(self, numbers: np.ndarray) -> np.ndarray:
         """The sequences of these numbers, each after the token that begins it: `(b, n + 1)`."""

@@ -40,9 +40,7 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Batch:
         """The same batch on a device."""
-        tokens, labels = (t.to(device, non_blocking=non_blocking) for t in self[:2])
-        ids, mask = (None if t is None else t.to(device, non_blocking=non_blocking) for t in self[2:])
-        return Batch(tokens, labels, ids, mask)
+        return Batch._make(None if t is None else t.to(device, non_blocking=non_blocking) for t in self)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from palm_pytorch.data.duplicates import Seen
 from palm_pytorch.data.sources import Document
@@ -58,17 +58,13 @@ def document_blocks(
 
     def pieces() -> Iterator[Piece]:
         for document in documents:
-            digest, size, text = new_digest(), 0, b""
-            for chunk in document.chunks():
-                digest.update(chunk)
-                size += len(chunk)
-                text = text + chunk if text and size <= BLOCK else chunk
+            digest, size, text = read_document(document)
             if size == 0:
                 dropped["empty"] += 1
-            elif seen is not None and not seen.add(digest.digest()):
+            elif seen is not None and not seen.add(digest):
                 dropped["duplicates"] += 1
             else:
-                split = split_of(digest.digest(), shares) if chosen is None else chosen[digest.digest()]
+                split = split_of(digest, shares) if chosen is None else chosen[digest]
                 if size <= BLOCK:
                     yield Piece(text, split, True, True, document.where)
                 else:
@@ -108,12 +104,9 @@ def few_splits(documents: Iterable[Document], shares: tuple[float, float]) -> di
     """
     sizes: dict[bytes, int] = {}
     for document in documents:
-        digest, size = new_digest(), 0
-        for chunk in document.chunks():
-            digest.update(chunk)
-            size += len(chunk)
+        digest, size, _ = read_document(document)
         if size:
-            sizes[digest.digest()] = size
+            sizes[digest] = size
         if len(sizes) >= FEW:
             return None
     if 0 < len(sizes) < 3:
@@ -134,9 +127,14 @@ def few_splits(documents: Iterable[Document], shares: tuple[float, float]) -> di
     return splits
 
 
-def new_digest() -> Any:
-    """What a document is recognised by."""
-    return hashlib.blake2b(digest_size=16)
+def read_document(document: Document) -> tuple[bytes, int, bytes]:
+    """The hash that a document is recognised by, its size, and its text if that is a block at most."""
+    digest, size, text = hashlib.blake2b(digest_size=16), 0, b""
+    for chunk in document.chunks():
+        digest.update(chunk)
+        size += len(chunk)
+        text = text + chunk if text and size <= BLOCK else chunk
+    return digest.digest(), size, text
 
 
 def cut(chunks: Iterable[bytes]) -> Iterator[bytes]:

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from palm_pytorch.data.durable import file_digest, write_durably
+
 VERSION = 1
 MANIFEST = "manifest.json"
 HELD_OUT = ("valid", "test")
@@ -270,21 +272,5 @@ class TokenStream:
             done += last - first
 
 
-def file_digest(path: Path, size: int) -> Any:
-    """The SHA-256 of the first `size` bytes of a file, to go on with."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while size > 0 and (chunk := file.read(min(size, 1 << 20))):
-            digest.update(chunk)
-            size -= len(chunk)
-    return digest
-
-
 def write_json(path: Path, content: Any) -> None:
-    """Whole and on the disk, or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_durably(path, json.dumps(content, indent=1) + "\n")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from palm_pytorch.data.batch import Batch, HeldOut
 from palm_pytorch.data.corpus import Corpus
-from palm_pytorch.data.tokenizer import ByteTokenizer, Tokenizer
-from palm_pytorch.data.windows import Splits, split_corpus, train_batch
+from palm_pytorch.data.tokenizer import ByteTokenizer
+from palm_pytorch.data.windows import split_by_position, train_batch
 
 
-@dataclass(frozen=True)
 class TextDataset:
     """A corpus that is one text, such as Enwik8, cut into sequences of `seq_len` bytes.
 
@@ -22,29 +20,14 @@ class TextDataset:
         ValueError: the corpus is too short for each split to hold a window.
     """
 
-    corpus: Corpus
-    seq_len: int
-    tokenizer: Tokenizer = field(default_factory=ByteTokenizer, init=False)
-    num_tokens: int = field(default=ByteTokenizer.num_tokens, init=False)
-    splits: Splits = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "splits", split_corpus(self.corpus, self.seq_len))
+    def __init__(self, corpus: Corpus, seq_len: int) -> None:
+        self.corpus, self.seq_len = corpus, seq_len
+        self.name, self.origin, self.fingerprint = corpus.name, corpus.origin, corpus.fingerprint
+        self.tokenizer, self.num_tokens = ByteTokenizer(), ByteTokenizer.num_tokens
+        self.splits = split_by_position(corpus.tokens, seq_len, f"corpus {corpus.name!r} ({corpus.origin})")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TextDataset, (self.corpus, self.seq_len)
-
-    @property
-    def name(self) -> str:
-        return self.corpus.name
-
-    @property
-    def origin(self) -> str:
-        return self.corpus.origin
-
-    @property
-    def fingerprint(self) -> str:
-        return self.corpus.fingerprint
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{name} {len(part):,}" for name, part in self.splits._asdict().items())

@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from palm_pytorch.data.durable import write_durably
+
 InvalidBytes = Literal["keep", "refuse", "replace"]
 # Where `save` puts a tokenizer in a folder, whatever its file was called.
 TOKENIZER_FILES = {suffix: f"tokenizer{suffix}" for suffix in (".json", ".model", ".integers")}
@@ -86,9 +88,7 @@ class Tokenizer(ABC):
         folder = Path(folder)
         name, content = self.file or (None, b"")
         if name is not None:
-            partial = folder / f".{name}.partial"
-            partial.write_bytes(content)
-            partial.replace(folder / name)
+            write_durably(folder / name, content)
         for other in {*TOKENIZER_FILES.values()} - {name}:  # one that was there before
             (folder / other).unlink(missing_ok=True)
 
@@ -108,7 +108,8 @@ class ByteTokenizer(Tokenizer):
         return np.frombuffer(text_bytes(text, invalid_bytes), dtype=np.uint8)
 
     def decode_bytes(self, tokens: Sequence[int] | np.ndarray) -> bytes:
-        return bytes(np.asarray(tokens).tolist())
+        tokens = np.asarray(tokens)
+        return tokens[tokens < self.num_tokens].astype(np.uint8).tobytes()  # a model may have more
 
     def num_bytes(self, tokens: Sequence[int] | np.ndarray) -> int:
         return int(np.count_nonzero(np.asarray(tokens) != self.eos_token))

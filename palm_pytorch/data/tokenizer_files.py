@@ -93,7 +93,8 @@ class SentencePieceTokenizer(Tokenizer):
         return tokens
 
     def decode_bytes(self, tokens: Sequence[int] | np.ndarray) -> bytes:
-        return b"".join(self.contents[token] for token in np.asarray(tokens).tolist())
+        known = (token for token in np.asarray(tokens).tolist() if token < self.num_tokens)
+        return b"".join(self.contents[token] for token in known)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         text = super().decode(tokens)

@@ -11,32 +11,30 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
-from palm_pytorch.data.corpus import Corpus
-
 
 class Splits(NamedTuple):
-    """Three consecutive parts of a corpus, each `(length,)` uint8."""
+    """Three consecutive parts of a stream of tokens, each `(length,)`."""
 
     train: np.ndarray
     valid: np.ndarray
     test: np.ndarray
 
 
-def split_corpus(corpus: Corpus, seq_len: int) -> Splits:
-    """Splits by position: 90% to train, then 5% to validate and 5% to test, as is customary on Enwik8.
+def split_by_position(tokens: np.ndarray, seq_len: int, whose: str) -> Splits:
+    """90% to train, then 5% to validate and 5% to test, as is customary on Enwik8.
 
     Raises:
-        ValueError: the corpus is too short for each split to hold a window of `seq_len + 1` tokens.
+        ValueError: they are too few for each split to hold a window of `seq_len + 1`; says `whose`.
     """
     _check_positive("seq_len", seq_len)
-    length, needed = len(corpus.tokens), 20 * (seq_len + 1)
+    length, needed = len(tokens), 20 * (seq_len + 1)
     if length < needed:
         raise ValueError(
-            f"corpus {corpus.name!r} ({corpus.origin}) is too short: {length:,} bytes, and seq_len={seq_len} "
-            f"needs {needed:,}, for 5% to validate and 5% to test to hold a window each"
+            f"{whose} is too short: {length:,} tokens, and seq_len={seq_len} needs {needed:,}, for 5% to "
+            "validate and 5% to test to hold a window each"
         )
     first, second = length * 90 // 100, length * 95 // 100
-    return Splits(corpus.tokens[:first], corpus.tokens[first:second], corpus.tokens[second:])
+    return Splits(tokens[:first], tokens[first:second], tokens[second:])
 
 
 def train_batch(tokens: np.ndarray, *, seq_len: int, seed: int, step: int, rows: range) -> torch.Tensor:

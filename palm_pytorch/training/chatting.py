@@ -10,9 +10,9 @@ import torch
 
 from palm_pytorch.data.dialog import RESPONDER, DialogTemplate, Message, Turn, latest
 from palm_pytorch.generation.ranking import sample_and_rank
+from palm_pytorch.training.generating import visible
 from palm_pytorch.training.options import POSITIVE, option
 from palm_pytorch.training.trained import ModelOptions, load_trained
-from palm_pytorch.training.writing import visible
 
 WINDOW = 1024  # tokens, for a model of which it is not known what it was trained on
 

@@ -29,7 +29,7 @@ from palm_pytorch.training import manifest
 from palm_pytorch.training.config import model_options
 from palm_pytorch.training.manifest import DamagedError, check_manifest
 from palm_pytorch.training.resharding import blank, fill
-from palm_pytorch.training.state import TrainState, named_parameters, plain_buffers
+from palm_pytorch.training.state import TrainState
 from palm_pytorch.training.tensor_layout import layout_of
 
 STATE_FILE = "state.json"
@@ -97,9 +97,7 @@ class Source:
                 return folder, damaged
             except DamagedError as error:
                 damaged.append(error)
-        raise DamagedError(
-            "; ".join(map(str, damaged)) + ". Nothing else was asked for that would do instead"
-        )
+        raise DamagedError("; ".join(map(str, damaged)))
 
     def undamaged(self) -> Path:
         """As `choose`, with a warning of each that is passed over."""
@@ -177,11 +175,11 @@ def load_state(folder: Path, state: TrainState, group: dist.ProcessGroup | None 
         DamagedError: it does not fit the model, or cannot be read.
     """
     reader = Reader(folder)
-    parameters = dict(named_parameters(state.model))
+    parameters = dict(state.model.named_parameters())
     # What tensor parallelism has cut is read whole first; the rest straight to where it belongs.
     weights = {name: blank(p) if layout_of(p) else p.detach() for name, p in parameters.items()}
     optimizer = blank_optimizer(reader, parameters)
-    read_tensors({"model": weights | plain_buffers(state.model), "optimizer": optimizer}, reader, group)
+    read_tensors({"model": weights, "optimizer": optimizer}, reader, group)
     for name, parameter in parameters.items():
         if layout_of(parameter):
             fill(parameter, parameter.detach(), weights[name])
@@ -195,8 +193,8 @@ def load_state(folder: Path, state: TrainState, group: dist.ProcessGroup | None 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Put the weights of a checkpoint into `model`, which is whole and in this process alone."""
-    weights = {name: parameter.detach() for name, parameter in named_parameters(model)}
-    read_tensors({"model": weights | plain_buffers(model)}, Reader(folder), None)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    read_tensors({"model": weights}, Reader(folder), None)
 
 
 def read_tensors(target: dict[str, Any], reader: Reader, group: dist.ProcessGroup | None) -> None:

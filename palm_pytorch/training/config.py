@@ -13,6 +13,7 @@ from palm_pytorch.training.options import (
     POSITIVE,
     SEED,
     SHARE,
+    Options,
     check_options,
     option,
 )
@@ -22,7 +23,7 @@ from palm_pytorch.training.sinks import LOGS
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Options):
     """The options of one run, all decided. `TrainConfig.for_machine` fills in what is not given.
 
     Raises:
@@ -198,7 +199,9 @@ class TrainConfig:
     eval_every: int = option("run", "steps between validations; 0: only the last", NOT_NEGATIVE, default=500)
     eval_windows: int = option("run", "sequences that a validation scores", POSITIVE, cpu=128, gpu=512)
     test_windows: int = option("run", "sequences that the final test scores", POSITIVE, cpu=1_024, gpu=8_192)
-    generate_every: int = option("run", "steps between samples, and one at the end; 0: none", NOT_NEGATIVE, default=1_000)
+    generate_every: int = option(
+        "run", "steps between samples, and one at the end; 0: none", NOT_NEGATIVE, default=1_000
+    )
     generate_length: int = option("run", "tokens in a sample", POSITIVE, cpu=200, gpu=500)
     save_every: int = option(
         "run", "steps between checkpoints; 0: only the last", NOT_NEGATIVE, default=1_000
@@ -221,7 +224,7 @@ class TrainConfig:
     keep_every: int = option("run", "and those of every so many steps; 0: no others", NOT_NEGATIVE, default=0)
 
     def __post_init__(self) -> None:
-        check_options(type(self), vars(self))
+        super().__post_init__()
         if self.model == "perceiver-ar":
             if self.cross_attn_seq_len is None or not self.cross_attn_seq_len < self.seq_len:
                 raise ValueError(

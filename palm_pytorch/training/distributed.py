@@ -76,12 +76,7 @@ class Parallel:
         return self.mesh.size(1)
 
     def rows(self, batch_size: int) -> range:
-        """Which rows of a batch this process reads: as many as every other data rank, in order.
-
-        Raises:
-            ValueError: they cannot be shared out evenly.
-        """
-        check_batch_size(batch_size, self.data_ranks)
+        """Which rows of a batch this process reads: as many as every other data rank, in order."""
         share = batch_size // self.data_ranks
         return range(self.data_rank * share, (self.data_rank + 1) * share)
 
@@ -215,7 +210,12 @@ def choose_grid(config: TrainConfig, world_size: int) -> tuple[str, int]:
         raise ValueError(
             f"tensor_parallel is {config.tensor_parallel} and parallel {kind!r}; only tp and fsdp+tp have it"
         )
-    check_batch_size(config.batch_size, world_size // tensor_ranks)
+    data_ranks = world_size // tensor_ranks
+    if config.batch_size % data_ranks:
+        raise ValueError(
+            f"batch_size is {config.batch_size}; expected a multiple of the {data_ranks} processes that "
+            "share it"
+        )
     if tensor_ranks > 1:
         sizes = {"heads": config.heads, "dim * ff_mult": config.dim * config.ff_mult}
         kv_heads = read_architecture(config.architecture).get("kv_heads")
@@ -230,11 +230,3 @@ def choose_grid(config: TrainConfig, world_size: int) -> tuple[str, int]:
             # Ranks draw the same numbers, for different heads.
             raise ValueError(f"dropout is {config.dropout}; expected 0 with parallel {kind!r}")
     return kind, tensor_ranks
-
-
-def check_batch_size(batch_size: int, data_ranks: int) -> None:
-    """Raise a ValueError unless each data rank gets as many sequences of a batch as any other."""
-    if batch_size % data_ranks:
-        raise ValueError(
-            f"batch_size is {batch_size}; expected a multiple of the {data_ranks} processes that share it"
-        )

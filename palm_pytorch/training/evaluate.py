@@ -68,8 +68,7 @@ def nats(model: nn.Module, batch: Batch, precision: torch.dtype) -> tuple[float,
 
 def count_labels(model: nn.Module, batch: Batch) -> Tensor:
     """How many labels of a batch count, a scalar: not `IGNORED`, and not in the prefix of a Perceiver AR."""
-    prefix_len = getattr(getattr(model, "module", model), "prefix_len", 0)  # `module` is what DDP wraps
-    return (batch.labels[:, prefix_len:] != IGNORED).sum()
+    return (batch.labels[:, getattr(model, "prefix_len", 0) :] != IGNORED).sum()
 
 
 def batch_loss(model: nn.Module, batch: Batch, precision: torch.dtype, **inputs: Any) -> Tensor:

@@ -22,8 +22,9 @@ from palm_pytorch.data.dialog_dataset import is_dialog
 from palm_pytorch.data.tokenizer import ByteTokenizer, IntegerTokenizer
 from palm_pytorch.training.checkpoint import check_same_data, read_about
 from palm_pytorch.training.config import TrainConfig
+from palm_pytorch.training.logging import finite
 from palm_pytorch.training.machine import keep_freed_memory, select_device, select_precision
-from palm_pytorch.training.options import POSITIVE, check_options, option
+from palm_pytorch.training.options import POSITIVE, Options, option
 from palm_pytorch.training.run import describe, read_data
 from palm_pytorch.training.scoring import read_all, score
 from palm_pytorch.training.trained import Trained, load_any
@@ -33,12 +34,8 @@ SEQ_LEN = 1024  # of a model that does not say what it was trained on
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
-    """Options of `palm evaluate`.
-
-    Raises:
-        TypeError, ValueError: an option has the wrong type or breaks its rule.
-    """
+class EvaluateOptions(Options):
+    """Options of `palm evaluate`."""
 
     split: Literal["valid", "test"] = option("text", "of the data, which to score", default="test")
     data: str | None = option(
@@ -69,9 +66,6 @@ class EvaluateOptions:
     precision: Literal["auto", "float32", "bfloat16"] = option(
         "machine", "of matrix products; 'auto' is bfloat16 where the processor is fast at it", default="auto"
     )
-
-    def __post_init__(self) -> None:
-        check_options(type(self), vars(self))
 
 
 def evaluate_model(source: str, options: EvaluateOptions) -> dict[str, Any]:
@@ -144,7 +138,7 @@ def evaluate_model(source: str, options: EvaluateOptions) -> dict[str, Any]:
     print(f"{told}, in {seconds:,.0f} s")
     if folder is not None:
         with open(folder / RESULTS_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
+            file.write(json.dumps(finite(result)) + "\n")
     return result
 
 

@@ -84,7 +84,7 @@ def write(options: GenerateOptions) -> None:
     tokenizer, sampling = trained.tokenizer, options.sampling(trained.device)
     if options.eos_token is None:
         sampling["eos_token"] = tokenizer.eos_token
-    go_on = write_json if options.json else write_text
+    go_on = print_json if options.json else print_text
     tokens, seconds = 0, 0.0
     for text in prompts(options):
         prompt = torch.tensor([tokenizer.encode(text).tolist()], dtype=torch.long, device=trained.device)
@@ -97,7 +97,7 @@ def write(options: GenerateOptions) -> None:
     print(f"{tokens:,} tokens in {seconds:,.1f} s: {rate:,.0f} tokens/s", file=sys.stderr)
 
 
-def write_json(trained: Trained, text: str, prompt: Tensor, **sampling: Any) -> int:
+def print_json(trained: Trained, text: str, prompt: Tensor, **sampling: Any) -> int:
     """Print a line of JSON for each text, all of a prompt at once; returns how many tokens they have."""
     tokenizer = trained.tokenizer
     drawn = trained.model.generate(prompt, pad_token=PAD, log_probs=True, **sampling)
@@ -111,7 +111,7 @@ def write_json(trained: Trained, text: str, prompt: Tensor, **sampling: Any) -> 
     return shown
 
 
-def write_text(trained: Trained, text: str, prompt: Tensor, *, num_samples: int, **sampling: Any) -> int:
+def print_text(trained: Trained, text: str, prompt: Tensor, *, num_samples: int, **sampling: Any) -> int:
     """Print the text as it is drawn, or several when all are done; returns how many tokens they have."""
     tokenizer = trained.tokenizer
     if isinstance(tokenizer, IntegerTokenizer):  # whose numbers go on after a space

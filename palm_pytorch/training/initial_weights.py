@@ -14,7 +14,6 @@ from palm_pytorch.data.tokenizer import ByteTokenizer, Tokenizer
 from palm_pytorch.models.language_model import LanguageModel
 from palm_pytorch.training.architecture import options_of, read_architecture, write_architecture
 from palm_pytorch.training.resharding import fill
-from palm_pytorch.training.state import named_parameters
 from palm_pytorch.training.trained import read_any
 
 # What the file of an older project may not tell, see `load_reference`.
@@ -76,5 +75,5 @@ class InitialWeights:
     def put_into(self, model: nn.Module) -> None:
         """Fill the parameters of the run's model, however they are shared out over processes."""
         weights = dict(self.model.named_parameters())
-        for name, parameter in named_parameters(model):
+        for name, parameter in model.named_parameters():
             fill(parameter, parameter.detach(), weights[name].detach().to(parameter.dtype))

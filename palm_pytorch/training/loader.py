@@ -7,7 +7,7 @@ workers, nor that of processes, nor a restart changes which tokens a step reads.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -92,7 +92,17 @@ class Loader:
             index=state.batch_index,
             passed_over=state.passed_over,
         )
-        self._batches = iter(self._open(wanted))
+        loader: Any = DataLoader(
+            Slices(self.data, self.config),
+            batch_size=None,
+            sampler=wanted,
+            num_workers=self.config.num_workers,
+            worker_init_fn=leave_signals_alone,
+            pin_memory=self.parallel.device.type == "cuda",
+            # Its workers' seeds come from here, or opening it would draw from PyTorch's own stream.
+            generator=torch.Generator(),
+        )
+        self._batches = iter(loader)
 
     def read(self) -> list[Batch]:
         """The slices of one step, on the CPU."""
@@ -108,19 +118,6 @@ class Loader:
         shut_down = getattr(batches, "_shutdown_workers", None)  # else a traceback would keep them alive
         if shut_down is not None:
             shut_down()
-
-    def _open(self, wanted: Iterator[Slice]) -> Iterable[Batch]:
-        loader: Any = DataLoader(
-            Slices(self.data, self.config),
-            batch_size=None,
-            sampler=wanted,
-            num_workers=self.config.num_workers,
-            worker_init_fn=leave_signals_alone,
-            pin_memory=self.parallel.device.type == "cuda",
-            # Its workers' seeds come from here, or opening it would draw from PyTorch's own stream.
-            generator=torch.Generator(),
-        )
-        return loader
 
 
 def leave_signals_alone(worker: int) -> None:

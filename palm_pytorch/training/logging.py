@@ -3,8 +3,9 @@
 A row has `step` (optimizer steps done), `split` ("train", "valid" or "test"), `loss` (nats per predicted
 token), `bits_per_byte`, `tokens` (input tokens that training has read so far; Perceiver AR's prefix counts,
 though it is not predicted), `seconds` (that its steps took) and `tokens_per_second` (read in this row's step
-or evaluation). A row of "train" is of one step, and has `learning_rate`, `grad_norm` (before clipping),
-`memory_bytes` and, where the device's rate is known, `mfu` too.
+or evaluation). A row of "train" is of one step, its loss with the z-loss if there is one, and has
+`learning_rate`, `grad_norm` (before clipping), `memory_bytes` and, where the device's rate is known, `mfu`
+too. What is no finite number is null.
 
 What happened otherwise has a row with `event` in place of `split`: "skip", "rollback", "resume",
 "checkpoint-damaged", "checkpoint-failed", "spike" (with no checkpoint to go back to).
@@ -13,12 +14,13 @@ What happened otherwise has a row with `event` in place of `split`: "skip", "rol
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from palm_pytorch.data.durable import write_durably
 from palm_pytorch.training.evaluate import bits_per_byte
-from palm_pytorch.training.manifest import write_durably
 from palm_pytorch.training.meter import Meter
 
 Row = dict[str, Any]
@@ -114,6 +116,7 @@ class MetricsLog:
         self._write({"step": state.step, "event": kind, "tokens": state.tokens, **more})
 
     def _write(self, row: Row) -> None:
+        row = finite(row)
         self.rows += 1
         if self._file is not None:
             self._file.write(json.dumps(row) + "\n")
@@ -122,14 +125,24 @@ class MetricsLog:
             sink.write(row)
 
 
+def finite(row: Row) -> Row:
+    """The row with None for what is no finite number, of which JSON has none."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
+
+
 def read_metrics(path: Path, most: int | None = None) -> list[Row]:
-    """The rows of a metrics file, without a last line that a killed process did not finish.
+    """The rows of a metrics file, without a last line that a killed process did not finish; none of no file.
 
     most: how many are wanted, of the first; what comes after them is not looked at.
 
     Raises:
         ValueError: a line is no JSON.
     """
+    if not path.exists():
+        return []
     *lines, _unfinished = path.read_text(encoding="utf-8").split("\n")
     rows = []
     for number, line in enumerate(lines[:most], start=1):

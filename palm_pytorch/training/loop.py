@@ -19,6 +19,7 @@ from palm_pytorch.training.faults import (
     is_spike,
 )
 from palm_pytorch.training.loader import Loader
+from palm_pytorch.training.logging import MetricsLog, read_metrics
 from palm_pytorch.training.manifest import DamagedError
 from palm_pytorch.training.observe import (
     export_model,
@@ -28,7 +29,7 @@ from palm_pytorch.training.observe import (
     score,
     write_sample,
 )
-from palm_pytorch.training.run import Run, read_history
+from palm_pytorch.training.run import Run
 from palm_pytorch.training.schedule import batch_size_at, batches_at
 from palm_pytorch.training.state import next_batch, seed_step
 from palm_pytorch.training.step import Step, train_step
@@ -51,33 +52,33 @@ def train(run: Run) -> Outcome:
         KeyboardInterrupt: Ctrl-C came after a first signal.
     """
     run.say(str(run))
-    with StopRequest(run.parallel) as stop, progress_bar(run) as bar:
-        trainer = Trainer(run, stop, bar)
+    with (
+        StopRequest(run.parallel) as stop,
+        progress_bar(run) as bar,
+        open_log(run) as metrics,
+        Loader(run.data, run.config, run.parallel) as loader,
+    ):
         try:
-            return trainer.train()
+            return Trainer(run, stop, bar, metrics, loader).train()
         except Exception:
             run.saver.finish()
             raise
-        finally:
-            trainer.close()
 
 
+@dataclass
 class Trainer:
     """A run under way: what it reads from and writes to."""
 
-    def __init__(self, run: Run, stop: StopRequest, bar: Any) -> None:
-        self.run, self.stop, self.bar = run, stop, bar
-        self.loader = Loader(run.data, run.config, run.parallel)
-        self.metrics = open_log(run)
-        for kind, details in run.events:
-            self.metrics.event(kind, run.state, **details)
-
-    def close(self) -> None:
-        self.loader.close()
-        self.metrics.close()
+    run: Run
+    stop: StopRequest
+    bar: Any
+    metrics: MetricsLog
+    loader: Loader
 
     def train(self) -> Outcome:
         run, state = self.run, self.run.state
+        for kind, details in run.events:
+            self.metrics.event(kind, state, **details)
         self.loader.seek(state)
         while True:
             stopping = self.follow_up()
@@ -138,7 +139,7 @@ class Trainer:
         state = self.run.state
         state.skipped_steps += 1
         state.skipped_in_a_row += 1
-        # As text, for JSON knows no such numbers.
+        # As text, which tells infinite from undefined.
         self.metrics.event("skip", state, loss=str(step.loss), grad_norm=str(step.grad_norm))
         if state.skipped_in_a_row >= MOST_SKIPPED_STEPS:
             raise FloatingPointError(
@@ -222,7 +223,7 @@ class Trainer:
         state.batch_index = next_batch(state.batch_index, passed_over)
         run.saver.remove_after(state.step)
 
-        self.metrics.go_back(read_history(run.folder, state.metrics_rows))
+        self.metrics.go_back(read_metrics(run.metrics_file, state.metrics_rows))
         self.metrics.event("rollback", state, **details, passed_over=passed_over[-1])
         self.loader.seek(state)
         self.tell(f"{told}; back to step {state.step:,}")

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from palm_pytorch.checkpoints.native import sha256
+from palm_pytorch.data.durable import file_digest, sync, write_durably
 
 FILE = "manifest.json"
 
@@ -29,7 +28,7 @@ def write_manifest(folder: Path, about: dict[str, Any]) -> None:
     files = {}
     for path in sorted(path for path in folder.iterdir() if path.name != FILE):
         sync(path)
-        files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+        files[path.name] = {"size": path.stat().st_size, "sha256": file_digest(path).hexdigest()}
     content = {**about, "files": files}
     write_durably(folder / FILE, json.dumps({**content, "sha256": digest_json(content)}, indent=1) + "\n")
 
@@ -54,36 +53,10 @@ def check_manifest(folder: Path) -> None:
         if path.stat().st_size != size:
             raise DamagedError(f"{path} is damaged: {path.stat().st_size:,} bytes, expected {size:,}")
     for name, (_, expected_sum) in expected.items():
-        if sha256(folder / name) != expected_sum:
+        if file_digest(folder / name).hexdigest() != expected_sum:
             raise DamagedError(f"{folder / name} is damaged: its SHA-256 is not that of the manifest")
 
 
 def digest_json(content: dict[str, Any]) -> str:
     """The SHA-256 of plain values, however a file spaces them."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Make a file's content, or the names in a folder, durable."""
-    if path.is_dir() and os.name != "posix":  # elsewhere folders cannot be opened, and need not be
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a file that, after a crash at any moment, is the old one or the new one, and whole."""
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync(path.parent)

@@ -14,20 +14,20 @@ from tqdm import tqdm
 
 from palm_pytorch import AutoregressiveWrapper
 from palm_pytorch.data.batch import IGNORED, Batch
-from palm_pytorch.models.language_model import LanguageModel
+from palm_pytorch.data.durable import sync, write_durably
 from palm_pytorch.training.architecture import build_model
-from palm_pytorch.training.checkpoint import Source, load_weights, step_folder
+from palm_pytorch.training.checkpoint import Source, step_folder
 from palm_pytorch.training.distributed import Parallel
 from palm_pytorch.training.evaluate import autocast, bits_per_byte, bytes_per_token, evaluate
 from palm_pytorch.training.faults import StopRequest
 from palm_pytorch.training.flops import peak_flops, training_flops
+from palm_pytorch.training.generating import visible
 from palm_pytorch.training.logging import MetricsLog, read_metrics
-from palm_pytorch.training.manifest import sync, write_durably
 from palm_pytorch.training.meter import Meter
 from palm_pytorch.training.plot import plot_metrics
 from palm_pytorch.training.run import Run
 from palm_pytorch.training.state import seed_streams
-from palm_pytorch.training.writing import visible
+from palm_pytorch.training.trained import load_model
 
 SAMPLE_CHUNK = 32  # tokens drawn between two looks at whether to stop
 
@@ -39,7 +39,6 @@ def open_log(run: Run) -> MetricsLog:
     config, device = run.config, run.state.device
     with torch.device("meta"):
         model = build_model(config, run.data.num_tokens)
-    assert isinstance(model, LanguageModel)
     peak = config.peak_flops or peak_flops(device, run.precision)
     all_peaks = None if peak is None else peak * run.parallel.world_size
     meter = Meter(device, training_flops(model, config.seq_len) / config.seq_len, all_peaks)
@@ -154,10 +153,8 @@ def export_model(run: Run) -> None:
         return
     state = run.state
     steps = [state.step] if state.best_step is None else [state.step, state.best_step]
-    folder, _ = Source(run.folder, [step_folder(run.folder, step) for step in steps]).choose()
-    model = build_model(run.config, run.data.num_tokens)
-    assert isinstance(model, LanguageModel)
-    load_weights(folder, model)
+    folder = Source(run.folder, [step_folder(run.folder, step) for step in steps]).undamaged()
+    model = load_model(folder, run.config, run.data.num_tokens)
     partial, final = run.folder / ".partial-model", run.folder / "model"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, tokenizer=run.data.tokenizer)

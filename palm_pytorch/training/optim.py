@@ -15,7 +15,7 @@ from palm_pytorch.training.adafactor import Adafactor
 from palm_pytorch.training.config import TrainConfig
 from palm_pytorch.training.distributed import Parallel
 from palm_pytorch.training.gradient_norm import pieces, sum_of_squares
-from palm_pytorch.training.tensor_layout import layout_of
+from palm_pytorch.training.tensor_layout import whole_numel
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig, parallel: Parallel | None = None) -> Optimizer:
@@ -46,8 +46,7 @@ def rms_over_ranks(shares: list[Tensor], parameters: list[nn.Parameter], paralle
         # What all tensor ranks have counts once: each adds its part of it.
         replicated = sum_of_squares(cut[False], parallel.device) / parallel.tensor_ranks
         squares.append(sum_of_squares(cut[True], parallel.device) + replicated)
-        layout = layout_of(parameter)
-        sizes.append(math.prod(layout.whole_shape(parameter.shape) if layout else parameter.shape))
+        sizes.append(whole_numel(parameter))
     sums = torch.stack(squares)
     dist.all_reduce(sums)
     return [math.sqrt(total / size) for total, size in zip(sums.tolist(), sizes, strict=True)]

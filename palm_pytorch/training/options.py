@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 
@@ -51,6 +51,18 @@ def check_options(options: type, values: Mapping[str, Any]) -> None:
             raise TypeError(f"{name} is {value!r}, of type {type(value).__name__}; expected {wanted}")
         if rule is not None and value is not None and not rule.holds(value):
             raise ValueError(f"{name} is {value!r}; expected {rule.text}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base of the options of a command.
+
+    Raises:
+        TypeError, ValueError: an option has the wrong type or breaks its rule.
+    """
+
+    def __post_init__(self) -> None:
+        check_options(type(self), vars(self))
 
 
 def add_options(parser: argparse.ArgumentParser, options: type) -> None:

@@ -20,17 +20,14 @@ from palm_pytorch.training.tensor_parallel import split_over
 
 
 def parallelize(model: nn.Module, config: TrainConfig, parallel: Parallel) -> nn.Module:
-    """Spread `model` over the processes, in place, and return what a training step calls in its stead.
+    """Spread `model`, on the meta device, over the processes, in place, and return what a training step calls
+    in its stead.
 
     Everything else, evaluation, sampling, checkpoints and the optimizer, goes on using `model`: the names of
     its parameters stay what they were. The two differ for "ddp" alone.
 
-    A model on the meta device gets memory for this process's share only, and the weights that `config.seed`
-    stands for: the same ones for any number of processes. Another keeps its weights, which must be the same
-    on every process.
-
-    Raises:
-        ValueError: the model's heads or inner width cannot be shared out.
+    It gets memory for this process's share only, and the weights that `config.seed` stands for: the same ones
+    for any number of processes.
     """
     if parallel.tensor_ranks > 1:
         group = parallel.mesh.get_group("tensor")
@@ -42,9 +39,6 @@ def parallelize(model: nn.Module, config: TrainConfig, parallel: Parallel) -> nn
             block.forward = torch.compile(block.forward)  # not the hooks, of which FSDP has some
         recompute(block, config.activation_checkpointing)
 
-    meta = any(parameter.is_meta for parameter in model.parameters())
-    if not meta:
-        model.to(parallel.device)
     if "fsdp" in parallel.kind:
         # No lower precision here: autocast casts what it casts in one process, so that both compute the
         # same, with the stream, gains and gradients in float32. Weights travel in float32 for it.
@@ -52,15 +46,13 @@ def parallelize(model: nn.Module, config: TrainConfig, parallel: Parallel) -> nn
             fully_shard(block, mesh=parallel.mesh["data"])
         fully_shard(model, mesh=parallel.mesh["data"])
         model.register_forward_hook(reshard_unless_training)
-    if meta:
-        model.to_empty(device=parallel.device)
+    model.to_empty(device=parallel.device)
     for name, parameter in model.named_parameters():
         if layouts[name] is not None:  # which FSDP's parameters do not keep
             parameter.tensor_layout = layouts[name]  # type: ignore[attr-defined]
-    if meta:
-        torch.manual_seed(config.seed)
-        with WholeDraws():
-            model.init_weights()  # type: ignore[operator]
+    torch.manual_seed(config.seed)
+    with WholeDraws():
+        model.init_weights()  # type: ignore[operator]
     if parallel.kind == "ddp":
         return DistributedDataParallel(model, process_group=parallel.mesh.get_group("data"))
     return model

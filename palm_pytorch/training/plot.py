@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from palm_pytorch.training.logging import Row, read_metrics
-from palm_pytorch.training.options import check_options, option
+from palm_pytorch.training.options import Options, option
 
 # What a curve may run over: the column of the metrics, its unit, and what to call it.
 AXES: dict[str, tuple[str, float, str]] = {
@@ -22,18 +22,11 @@ POINTS = 100  # that a curve of training steps is smoothed to, as means
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlotOptions:
-    """Options of `palm plot`.
-
-    Raises:
-        TypeError, ValueError: an option has the wrong type or is none of its choices.
-    """
+class PlotOptions(Options):
+    """Options of `palm plot`."""
 
     out: str = option("picture", "where to; the suffix decides the format (none: png)", default="runs.png")
     x: Literal["tokens", "steps", "seconds"] = option("picture", "what curves run over", default="tokens")
-
-    def __post_init__(self) -> None:
-        check_options(type(self), vars(self))
 
 
 def plot_runs(folders: Sequence[str], options: PlotOptions) -> Path:
@@ -69,14 +62,14 @@ def labels(folders: Sequence[str]) -> list[str]:
 
 
 def curve(rows: Sequence[Row], split: str, x: str) -> np.ndarray:
-    """Points `(n, 2)` of a split: the axis `x` of `AXES`, and bits per byte. Rows without are left out.
+    """Points `(n, 2)` of a split: the axis `x` of `AXES`, and bits per byte. Rows that lack one are left out.
 
     Steps that were taken again, after rolling back, count as they were last.
     """
     column, unit, _ = AXES[x]
     points: dict[int, tuple[float, float]] = {}
     for row in rows:
-        if row.get("split") != split or column not in row:
+        if row.get("split") != split or None in (row.get(column), row.get("bits_per_byte")):
             continue
         while points and next(reversed(points)) >= row["step"]:
             points.popitem()

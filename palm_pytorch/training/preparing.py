@@ -10,16 +10,12 @@ from palm_pytorch.data.opening import open_text
 from palm_pytorch.data.prepare import prepare
 from palm_pytorch.data.shards import Manifest
 from palm_pytorch.data.tokenizer import load_tokenizer
-from palm_pytorch.training.options import FRACTION, POSITIVE, check_options, option
+from palm_pytorch.training.options import FRACTION, POSITIVE, Options, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareOptions:
-    """What `palm data prepare` makes of its source.
-
-    Raises:
-        TypeError, ValueError: an option has the wrong type or breaks its rule.
-    """
+class PrepareOptions(Options):
+    """What `palm data prepare` makes of its source."""
 
     tokenizer: str = option("tokens", "'bytes', or a tokenizer's file", default="bytes")
     invalid_bytes: Literal["keep", "refuse", "replace"] = option(
@@ -46,9 +42,6 @@ class PrepareOptions:
         "work", "processes that make tokens (default: one for each core)", POSITIVE, default=None
     )
     shard_tokens: int = option("work", "tokens in a shard", POSITIVE, default=1 << 27)
-
-    def __post_init__(self) -> None:
-        check_options(type(self), vars(self))
 
 
 def prepare_folder(source: str, folder: str, options: PrepareOptions) -> Manifest:

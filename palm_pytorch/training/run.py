@@ -6,8 +6,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from traceback import clear_frames
 from typing import Any
@@ -17,27 +16,25 @@ from torch import nn
 
 from palm_pytorch.data.batch import Dataset
 from palm_pytorch.data.dialog_dataset import DialogDataset
+from palm_pytorch.data.durable import write_durably
 from palm_pytorch.data.opening import open_dataset
-from palm_pytorch.data.tokenizer import Tokenizer, load_tokenizer, stored_tokenizer
+from palm_pytorch.data.tokenizer import Tokenizer, load_tokenizer
 from palm_pytorch.models.language_model import LanguageModel
 from palm_pytorch.training.architecture import build_model, check_attention
-from palm_pytorch.training.checkpoint import Source, check_same_data, check_same_model, read_about
+from palm_pytorch.training.checkpoint import check_same_data, check_same_model, read_about
 from palm_pytorch.training.config import TrainConfig
 from palm_pytorch.training.distributed import Parallel, start
 from palm_pytorch.training.evaluate import count_labels
-from palm_pytorch.training.initial_weights import InitialWeights
 from palm_pytorch.training.logging import Row, Sink, read_metrics
 from palm_pytorch.training.machine import keep_freed_memory, select_device, select_precision
-from palm_pytorch.training.manifest import DamagedError, write_durably
 from palm_pytorch.training.optim import build_optimizer
 from palm_pytorch.training.parallelize import parallelize
-from palm_pytorch.training.rendezvous import restarted
+from palm_pytorch.training.plan import Plan
 from palm_pytorch.training.run_folder import FolderLock, check_folder, is_same, set_aside
 from palm_pytorch.training.saver import Saver, clear_leftovers
 from palm_pytorch.training.sinks import check_sinks, open_sinks
 from palm_pytorch.training.state import TrainState, compute_reproducibly
-
-OF_ONE_START = ("parallel", "tensor_parallel")  # options that describe its machines, not the run
+from palm_pytorch.training.tensor_layout import whole_numel
 
 
 @dataclass
@@ -58,8 +55,8 @@ class Run:
     network: nn.Module
     saver: Saver
     history: list[Row]
-    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    sinks: list[Sink] = field(default_factory=list)
+    events: list[tuple[str, dict[str, Any]]]
+    sinks: list[Sink]
     lock: FolderLock | None = None
 
     @property
@@ -73,7 +70,7 @@ class Run:
     def __str__(self) -> str:
         """What is about to happen, for people."""
         config, state = self.config, self.state
-        parameters = sum(parameter.numel() for parameter in state.model.parameters())
+        parameters = sum(map(whole_numel, state.model.parameters()))
         scheduled = ""
         if config.schedule_steps != config.steps:  # as of a run that goes on for longer than was planned
             scheduled = f"; learning rates of a schedule of {config.schedule_steps:,}"
@@ -125,47 +122,25 @@ def prepare(**given: Any) -> Run:
             folder is not what it must be, another process is training in the folder, or Weights & Biases
             does not let this user in.
     """
-    if given.get("init") and given.get("resume") and not (given["resume"] == "auto" and given.get("out")):
-        raise ValueError(
-            f"init is {given['init']!r} and resume {given['resume']!r}; expected one of them, or resume "
-            "'auto' and out, to start from init where out has no checkpoint yet"
-        )
-    given = restarted(given)
-    source = Source.find(given["resume"], given.get("out")) if given.get("resume") else None
-    restart = bool(given.get("resume")) and source is None
-    weights, tokenizer = None, None
-    if source is None:
-        if restart:
-            given = keep_precision(given, stored_config(Path(given["out"])))
-        if given.get("init"):
-            weights = InitialWeights.read(given["init"], given)
-            given, tokenizer = {**given, **weights.options}, weights.tokenizer
-        config = TrainConfig.for_machine(**given)
-    else:
-        saved = read_config(source)
-        check_same_model(saved, given)
-        tokenizer = stored_tokenizer(source.run)
-        kept = {name: value for name, value in saved.items() if name not in OF_ONE_START}
-        if "lr" in given and kept.get("min_lr") == kept["lr"] / 10:  # which was worked out, and is anew
-            del kept["min_lr"]
-        config = TrainConfig.for_machine(**{**kept, "out": str(source.run), **keep_precision(given, saved)})
-    if given.get("tokenizer") is not None:
-        tokenizer = load_tokenizer(given["tokenizer"])
-    check_sinks(config.log)
-    parallel, lock = start(config, select_device(config.device)), None
+    plan = Plan.of(given)
+    check_sinks(plan.config.log)
+    parallel, lock = start(plan.config, select_device(plan.config.device)), None
     try:
         # As the main process sees them: one that found no checkpoint would not help the others to load it.
-        config, source = parallel.from_main((config, source))
+        config, source = parallel.from_main((plan.config, plan.source))
+        plan = plan._replace(config=config, source=source)
         with parallel.together():
             if parallel.is_main:
                 folder = Path(config.out)
                 # Not of the run itself: a process that trains there may just have written a checkpoint.
                 if source is None or not is_same(folder, source.run):
-                    check_folder(folder, source, restart=restart)
+                    check_folder(folder, source, restart=plan.restart)
                 lock = FolderLock(folder)
                 # Again: another may have begun a run there meanwhile, and none can now.
-                check_folder(folder, source, restart=restart)
-        return build_run(config, source, parallel, lock, weights, tokenizer)
+                check_folder(folder, source, restart=plan.restart)
+        run = build_run(plan, parallel)
+        run.lock = lock
+        return run
     except BaseException as error:
         if lock is not None:
             lock.release()
@@ -174,51 +149,9 @@ def prepare(**given: Any) -> Run:
         raise
 
 
-def keep_precision(given: dict[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """`given`, with the precision that "auto" was when the run began: measured anew it might be another."""
-    if "precision" in saved and given.get("precision", "auto") == "auto":
-        return {**given, "precision": saved["precision"]}
-    return given
-
-
-def stored_config(run: Path) -> dict[str, Any]:
-    """The options that the run in a folder was last started with; none where the folder does not tell."""
-    try:
-        options = dict(json.loads((run / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
-    return options if "model" in options else {}
-
-
-def read_config(source: Source) -> dict[str, Any]:
-    """The options of the run that is resumed: those that it was last started with, or a checkpoint's.
-
-    Raises:
-        DamagedError: neither the run's folder nor one of its checkpoints tells them.
-    """
-    if saved := stored_config(source.run):
-        return saved
-    damaged: list[DamagedError] = []
-    for folder in reversed(source.candidates):
-        try:
-            return dict(read_about(folder)["config"])
-        except DamagedError as error:
-            damaged.append(error)
-    raise DamagedError("; ".join(map(str, damaged)))
-
-
-def build_run(
-    config: TrainConfig,
-    source: Source | None,
-    parallel: Parallel,
-    lock: FolderLock | None,
-    weights: InitialWeights | None,
-    tokenizer: Tokenizer | None,
-) -> Run:
-    """The run of `config`, at the state of a checkpoint of `source` if that is given, or at the start, from
-    `weights` if they are. `tokenizer` is that of the options, or else of what it goes on from; `lock`, of the
-    main process, is on the run's folder.
-    """
+def build_run(plan: Plan, parallel: Parallel) -> Run:
+    """The run of a plan, at the newest checkpoint of its source if there is one. Its folder is locked."""
+    config, source, weights, tokenizer, _ = plan
     folder = Path(config.out)
     events: list[tuple[str, dict[str, Any]]] = []
     checkpoint, about, history = None, None, []
@@ -237,7 +170,7 @@ def build_run(
                 raise ValueError(
                     f"steps is {config.steps}; expected at least the {about['state']['step']} done already"
                 )
-            history = read_history(source.run, about["state"]["metrics_rows"])
+            history = read_metrics(source.run / "metrics.jsonl", about["state"]["metrics_rows"])
     data = open_data(config, parallel, tokenizer)
     described = describe(data)
     with parallel.together():
@@ -275,7 +208,7 @@ def build_run(
             data.tokenizer.save(folder)
             write_durably(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
     precision = select_precision(config.precision, parallel.device)
-    return Run(config, data, precision, parallel, state, network, saver, history, events, sinks, lock)
+    return Run(config, data, precision, parallel, state, network, saver, history, events, sinks)
 
 
 def open_data(config: TrainConfig, parallel: Parallel, tokenizer: Tokenizer | None) -> Dataset:
@@ -324,9 +257,3 @@ def describe(data: Dataset) -> dict[str, Any]:
     tokenizer = data.tokenizer.fingerprint
     dialog = isinstance(data, DialogDataset)
     return {"name": data.name, "fingerprint": data.fingerprint, "tokenizer": tokenizer, "dialog": dialog}
-
-
-def read_history(run: Path, rows: int) -> list[Row]:
-    """The first `rows` rows of a run's metrics: those that belong to a checkpoint that counted them."""
-    metrics = run / "metrics.jsonl"
-    return read_metrics(metrics, rows) if metrics.exists() else []

@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from palm_pytorch.data.durable import sync
 from palm_pytorch.data.tokenizer import TOKENIZER_FILES
 from palm_pytorch.training.checkpoint import Source, complete_checkpoints
-from palm_pytorch.training.manifest import sync
 
 LOCK = ".lock"
 # By a run, or instead of others' files of these names.

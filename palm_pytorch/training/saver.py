@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from palm_pytorch.data.durable import sync, write_durably
 from palm_pytorch.training.checkpoint import (
     STATE_FILE,
     complete_checkpoints,
@@ -32,7 +33,7 @@ from palm_pytorch.training.checkpoint import (
     write_tensors,
 )
 from palm_pytorch.training.distributed import Parallel
-from palm_pytorch.training.manifest import sync, write_durably, write_manifest
+from palm_pytorch.training.manifest import write_manifest
 from palm_pytorch.training.state import TrainState
 from palm_pytorch.version import __version__
 

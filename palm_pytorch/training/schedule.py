@@ -61,9 +61,11 @@ def parse_batch_ramp(text: str) -> list[RampPart]:
 
 
 def check_batch_ramp(text: str, schedule_steps: int) -> None:
-    """Raise a ValueError unless `text` is a ramp whose parts come one after the other."""
-    starts = [part.first_step(schedule_steps) for part in parse_batch_ramp(text)]
-    if sorted(set(starts)) != starts:
+    """Raise a ValueError unless `text` is a ramp whose parts come one after the other; of so few steps that
+    several shares begin at the same one, the last of them counts."""
+    parts = parse_batch_ramp(text)
+    starts = [part.first_step(schedule_steps) for part in parts]
+    if sorted(starts) != starts or len({part[:2] for part in parts}) < len(parts):
         raise ValueError(
             f"batch_ramp is {text!r}; expected each part to begin after the one before, but they begin at "
             f"steps {', '.join(map(str, starts))} of {schedule_steps}"

@@ -118,8 +118,7 @@ class WeightsAndBiases:
             identity = file.read_text(encoding="utf-8").strip()
             # What a process before this one has sent cannot be taken back, nor needs to be: the steps after
             # its last checkpoint come out the same. Its metrics file is still as it left it.
-            metrics = folder / "metrics.jsonl"
-            self.sent = {lasting(row) for row in (read_metrics(metrics) if metrics.exists() else ())}
+            self.sent = {lasting(row) for row in read_metrics(folder / "metrics.jsonl")}
         try:
             self.run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "palm_pytorch"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -21,9 +21,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from palm_pytorch.training.resharding import whole
-
-# Names that DistributedDataParallel, torch.compile and activation checkpointing put into a parameter's.
-WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module"}
 
 
 @dataclass
@@ -92,8 +89,8 @@ class TrainState:
         Raises:
             TypeError: the optimizer's state has something that is no tensor.
         """
-        model, optimizer = plain_buffers(self.model), dict[str, dict[str, Tensor]]()
-        for name, parameter in named_parameters(self.model):
+        model, optimizer = dict[str, Tensor](), dict[str, dict[str, Tensor]]()
+        for name, parameter in self.model.named_parameters():
             model[name] = whole(parameter, parameter.detach())
             for kind, value in self.optimizer.state.get(parameter, {}).items():
                 if not isinstance(value, Tensor):
@@ -103,25 +100,10 @@ class TrainState:
 
     def set_optimizer_tensors(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Have the optimizer go on from `saved`; its hyper-parameters stay those of this run's options."""
-        names = {parameter: name for name, parameter in named_parameters(self.model)}
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
         order = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         by_index = {index: dict(saved[names[p]]) for index, p in enumerate(order) if names[p] in saved}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": by_index})
-
-
-def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Each parameter once, by its name in the bare model."""
-    return ((bare(name), parameter) for name, parameter in model.named_parameters())
-
-
-def plain_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that are part of the model's state, by their name in the bare model."""
-    lasting = set(model.state_dict())
-    return {bare(name): buffer for name, buffer in model.named_buffers() if name in lasting}
-
-
-def bare(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def next_batch(index: int, passed_over: list[list[int]]) -> int:

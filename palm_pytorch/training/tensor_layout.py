@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,6 +48,12 @@ class Layout:
 def layout_of(parameter: Tensor) -> Layout | None:
     """How a parameter of a parallelized model is cut; None where every tensor rank has all of it."""
     return getattr(parameter, "tensor_layout", None)
+
+
+def whole_numel(parameter: Tensor) -> int:
+    """How many elements a parameter has in the whole model."""
+    layout = layout_of(parameter)
+    return math.prod(layout.whole_shape(parameter.shape)) if layout else parameter.numel()
 
 
 def share(parameter: Tensor, layout: Layout) -> nn.Parameter:

@@ -102,10 +102,8 @@ def sum_gradients(module: nn.Module, group: ProcessGroup) -> None:
 
 
 def split_over(block: nn.Module, rank: int, group: ProcessGroup) -> None:
-    """Leave in a block of any of the models, in place, what tensor rank `rank` of `group` computes.
-
-    Raises:
-        ValueError: the ranks do not divide its heads or its inner width; nothing has been changed then.
+    """Leave in a block of any of the models, in place, what tensor rank `rank` of `group` computes; as many
+    ranks as `choose_grid` allows.
     """
     cut = Cut(rank, dist.get_world_size(group), group)
     if isinstance(block, ParallelBlock):
@@ -126,12 +124,6 @@ class Cut:
         split = [True] * len(widths) if split is None else split
         return Layout(dim, tuple(widths), tuple(split), self.rank, self.ranks, self.group)
 
-    def check(self, what: str, size: int) -> None:
-        if size % self.ranks:
-            raise ValueError(
-                f"{what} is {size}; expected a multiple of the {self.ranks} processes that share it"
-            )
-
     def sum_gradient_of_output(self, norm: nn.Module) -> None:
         norm.register_forward_hook(lambda module, inputs, out: SumGradient.apply(out, self.group))
 
@@ -144,8 +136,6 @@ class Cut:
         return kind(linear, self.layout(1, [linear.in_features]))
 
     def parallel_block(self, block: ParallelBlock) -> None:
-        self.check("heads", block.attn_out.in_features // block.dim_head)
-        self.check("inner width", block.ff_out.in_features)
         # Queries; a key and a value, or one for both; value and gate of the feed-forward.
         split = [True, *[False] * block.narrow, True, True]
         self.sum_gradient_of_output(block.norm)
@@ -168,8 +158,6 @@ class Cut:
 
     def block(self, block: Any) -> None:
         """One after the other: attention, with or without a bias or a prefix, and feed-forward."""
-        self.check_attention(block.attn)
-        self.check("inner width", block.ff[-1].in_features)
         for name in ("attn_norm", "prefix_norm", "ff_norm"):
             if hasattr(block, name):
                 self.sum_gradient_of_output(getattr(block, name))
@@ -177,12 +165,6 @@ class Cut:
         self.feedforward(block.ff)
         if hasattr(block, "relative_bias"):
             self.relative_bias(block.relative_bias)
-
-    def check_attention(self, attention: MultiQueryAttention) -> None:
-        self.check("heads", attention.to_q.out_features // attention.dim_head)
-        kv_heads = attention.to_kv.out_features // attention.dim_head // 2
-        if kv_heads > 1:
-            self.check("key/value heads", kv_heads)
 
     def attention(self, attention: MultiQueryAttention) -> None:
         width = attention.to_kv.out_features // 2

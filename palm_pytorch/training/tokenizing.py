@@ -18,18 +18,14 @@ from palm_pytorch.data.opening import open_text
 from palm_pytorch.data.streams import publish
 from palm_pytorch.data.tokenizer import InvalidBytes, Tokenizer, load_tokenizer
 from palm_pytorch.data.tokenizer_training import train_tokenizer
-from palm_pytorch.training.options import POSITIVE, check_options, option
+from palm_pytorch.training.options import POSITIVE, Options, option
 
 CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerOptions:
-    """Options of `palm tokenizer train`.
-
-    Raises:
-        TypeError, ValueError: an option has the wrong type or breaks its rule.
-    """
+class TokenizerOptions(Options):
+    """Options of `palm tokenizer train`."""
 
     kind: Literal["bpe", "unigram"] = option(
         "tokenizer", "SentencePiece's algorithm; LaMDA's is bpe", default="bpe"
@@ -38,9 +34,6 @@ class TokenizerOptions:
     out: str = option("tokenizer", "its file, a new one", default="tokenizer.model")
     text_column: str = option("text", "of records: which column is the text", default="text")
     data_dir: str = option("text", "where Enwik8 is looked for and downloads are kept", default="data")
-
-    def __post_init__(self) -> None:
-        check_options(type(self), vars(self))
 
 
 def train_on(sources: Sequence[str], options: TokenizerOptions) -> Tokenizer:

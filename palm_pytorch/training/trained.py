@@ -26,16 +26,12 @@ from palm_pytorch.training.checkpoint import (
 from palm_pytorch.training.config import TrainConfig
 from palm_pytorch.training.logging import read_metrics
 from palm_pytorch.training.machine import select_device, select_precision
-from palm_pytorch.training.options import POSITIVE, SEED, check_options, option
+from palm_pytorch.training.options import POSITIVE, SEED, Options, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """Which model, and where.
-
-    Raises:
-        TypeError, ValueError: an option has the wrong type or breaks its rule.
-    """
+class ModelOptions(Options):
+    """Which model, and where."""
 
     checkpoint: str = option(
         "model",
@@ -52,9 +48,6 @@ class ModelOptions:
     temperature: float = option("text", "divides the logits; 0 takes the likeliest token", default=1.0)
     top_k: int | None = option("text", "draw from the likeliest so many", default=None)
     seed: int | None = option("text", "of the draws (default: another one each time)", SEED, default=None)
-
-    def __post_init__(self) -> None:
-        check_options(type(self), vars(self))
 
     def sampling(self, device: torch.device) -> dict[str, Any]:
         """Those of the options that `generate` takes by the same name, and a generator."""
@@ -130,10 +123,17 @@ def load_run(checkpoint: str) -> Trained:
     config = TrainConfig.for_machine(**{**about["config"], "device": "cpu"})
     tokenizer = stored_tokenizer(run) or ByteTokenizer()
     expect_tokenizer(tokenizer, about["data"]["tokenizer"], f"the run in {run}")
-    model = build_model(config, tokenizer.num_tokens)
-    load_weights(folder, model)
-    assert isinstance(model, LanguageModel)
+    model = load_model(folder, config, tokenizer.num_tokens)
     return Trained(model.eval(), tokenizer, config.seq_len, about["data"]["dialog"], folder, asdict(config))
+
+
+def load_model(folder: Path, config: TrainConfig, num_tokens: int) -> LanguageModel:
+    """The model of a checkpoint of the run of `config`, on the CPU; no weights are drawn for it."""
+    with torch.device("meta"):
+        model = build_model(config, num_tokens)
+    model.to_empty(device="cpu")
+    load_weights(folder, model)
+    return model
 
 
 def run_checkpoint(name: str) -> Path:
@@ -166,10 +166,9 @@ def scored_best_since(run: Path, state: Mapping[str, Any]) -> bool:
     stop had cut the score short, and it was made up for when the run went on."""
     if "valid" not in state["due"]:
         return False
-    metrics = run / "metrics.jsonl"
-    rows = read_metrics(metrics) if metrics.is_file() else []
+    rows = read_metrics(run / "metrics.jsonl")
     late = [row["loss"] for row in rows if (row["step"], row.get("split")) == (state["step"], "valid")]
-    return any(loss < state["best_loss"] for loss in late)
+    return any(loss is not None and loss < state["best_loss"] for loss in late)
 
 
 def is_run(source: str) -> bool:

@@ -17,8 +17,7 @@ import pytest
 import torch
 from definitions import error
 from goldens import golden
-from huggingface_hub import hub_mixin
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError
 
 from palm_pytorch import LaMDA, PaLM, from_pretrained
 from palm_pytorch.checkpoints import hub
@@ -59,27 +58,12 @@ class Hub:
 def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     found = Hub(tmp_path / "hub")
 
-    def config_of(repo_id: str, filename: str, **where: Any) -> str:
-        try:
-            return found.hf_hub_download(repo_id, filename, **where)
-        except EntryNotFoundError as error:  # what the mixin expects of a repository without a config
-            raise HfHubHTTPError(str(error), response=Response()) from error  # type: ignore[arg-type]
-
-    monkeypatch.setattr(hub_mixin, "hf_hub_download", config_of)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", found.hf_hub_download)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", found.snapshot_download)
     for name in ("create_repo", "upload_folder"):
         method = getattr(found, name)
         monkeypatch.setattr(huggingface_hub.HfApi, name, lambda api, _do=method, **options: _do(**options))
     return found
-
-
-class Response:
-    """As much of one as an error wants."""
-
-    headers: dict[str, str] = {}  # noqa: RUF012
-    request = None
-    status_code = 404
 
 
 def test_push_and_pull(local: Hub) -> None:
@@ -184,9 +168,24 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             from_pretrained(name)
 
 
+def test_a_public_checkpoint_in_the_cache_needs_no_network(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A config was asked for first, which such a repository has not; the answer was that of no network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    commit, public = "a" * 40, hub.PUBLIC["conceptofmind/palm-150m"]
+    folder = tmp_path / "models--conceptofmind--palm-150m"
+    for name in (f"snapshots/{commit}", "refs"):
+        (folder / name).mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    (folder / "snapshots" / commit / public.file).write_bytes(b"weights")
+    with pytest.raises(ValueError, match=rf"{public.file}: expected the {public.size:,} bytes"):
+        from_pretrained("conceptofmind/palm-150m")
+
+
 def test_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    hub.hub_model.cache_clear()
     with pytest.raises(ModuleNotFoundError, match=r"pip install huggingface_hub"):
         from_pretrained("someone/small")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,22 @@ def test_a_bin_file_is_the_same_stream(tmp_path: Path) -> None:
     STREAM.astype("<u2").tofile(tmp_path / "stream.bin")
     found = open_array(tmp_path / "stream.bin", 300, seq_len=30, dtype="uint16")
     assert found.held_out("valid").tokens.tolist() == STREAM[3600:3800].tolist()
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".bin"])
+def test_a_worker_maps_the_file_for_itself(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"stream{suffix}"
+    if suffix == ".npy":
+        np.save(path, STREAM)
+    else:
+        STREAM.astype("<u2").tofile(path)
+    found = open_array(path, 300, seq_len=30, dtype=None if suffix == ".npy" else "uint16")
+    sent = pickle.dumps(found)
+    assert len(sent) < 1000
+    again = pickle.loads(sent)
+    assert again.fingerprint == found.fingerprint and str(again) == str(found)
+    batches = [each.batch(seed=1, index=2, rows=range(5)).tokens for each in (found, again)]
+    assert torch.equal(*batches)
 
 
 def test_sequences_are_read_whole(rows: SequenceDataset) -> None:
@@ -112,7 +129,7 @@ def changed(values: np.ndarray, at: Any, value: int) -> np.ndarray:
         (ROWS[:0], r"of shape \(0, 12\)"),
         (ROWS[:, :11], "seq_len is 12; expected 11, the length of the sequences in"),
         (ROWS[:3], "too small: none of 3 sequences falls to"),
-        (STREAM[:200], "too short: 200 values, and seq_len=12 needs 260"),
+        (STREAM[:200], "too short: 200 tokens, and seq_len=12 needs 260"),
     ],
 )
 def test_what_is_no_array_of_such_integers(values: np.ndarray, says: str, tmp_path: Path) -> None:

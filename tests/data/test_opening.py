@@ -20,7 +20,7 @@ from palm_pytorch.data.prepare import prepare
 from palm_pytorch.data.sources import open_source
 from palm_pytorch.data.text import TextDataset
 from palm_pytorch.data.tokenizer import ByteTokenizer, IntegerTokenizer
-from palm_pytorch.data.windows import split_corpus, train_batch
+from palm_pytorch.data.windows import split_by_position, train_batch
 
 
 def open_here(source: Path | str, data_dir: Path, **options: object) -> Dataset:
@@ -31,7 +31,7 @@ def test_one_text_is_read_as_bytes_where_it_lies(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_bytes(bytes(range(256)) * 8)
     data = open_here(tmp_path / "text.txt", tmp_path / "data")
     assert isinstance(data, TextDataset) and not (tmp_path / "data").exists()
-    splits = split_corpus(data.corpus, 8)
+    splits = split_by_position(data.corpus.tokens, 8, "")
     windows = train_batch(splits.train, seq_len=8, seed=1, step=7, rows=range(2, 4))
     batch = data.batch(seed=1, index=7, rows=range(2, 4))
     assert torch.equal(batch.tokens, windows[:, :-1]) and torch.equal(batch.labels, windows[:, 1:])

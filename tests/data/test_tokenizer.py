@@ -170,6 +170,14 @@ def test_a_batch_is_each_of_its_texts(of_kind: dict[str, Tokenizer]) -> None:
         ]
 
 
+def test_tokens_that_only_the_model_has_are_no_text(of_kind: dict[str, Tokenizer]) -> None:
+    """A vocabulary is often rounded up, and a model may draw what is beyond its tokenizer's."""
+    for tokenizer in of_kind.values():
+        tokens = tokenizer.encode("some text").astype(np.int64)
+        beyond = np.concatenate([tokens[:2], [tokenizer.num_tokens, tokenizer.num_tokens + 63], tokens[2:]])
+        assert tokenizer.decode(beyond) == tokenizer.decode(tokens)
+
+
 def test_the_end_token_stands_for_no_text(of_kind: dict[str, Tokenizer]) -> None:
     assert {kind: tokenizer.eos_token for kind, tokenizer in of_kind.items()} == {
         **{"bytes": 0xFF, "bpe": 1, "unigram": 1},

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,30 +13,29 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palm_pytorch.data.corpus import Corpus
-from palm_pytorch.data.windows import split_corpus, train_batch
+from palm_pytorch.data.windows import split_by_position, train_batch
 
 MASK = 2**64 - 1
 
 
-def corpus_of(length: int) -> Corpus:
-    return Corpus("poem", np.zeros(length, dtype=np.uint8), Path("poem.txt"), "poem.txt", "")
+def text_of(length: int) -> np.ndarray:
+    return np.zeros(length, dtype=np.uint8)
 
 
 def test_enwik8_is_split_90_5_5() -> None:
-    train, valid, test = split_corpus(corpus_of(100_000_000), 1024)
+    train, valid, test = split_by_position(text_of(100_000_000), 1024, "poem")
     assert [len(part) for part in (train, valid, test)] == [90_000_000, 5_000_000, 5_000_000]
 
 
 @given(length=st.integers(40, 5000), seq_len=st.integers(1, 300))
 def test_splits_follow_one_another_and_hold_a_window(length: int, seq_len: int) -> None:
-    corpus = Corpus("", np.arange(length), Path(), "", "")
+    tokens = np.arange(length)
     if length < 20 * (seq_len + 1):
         with pytest.raises(ValueError, match="too short"):
-            split_corpus(corpus, seq_len)
+            split_by_position(tokens, seq_len, "")
     else:
-        splits = split_corpus(corpus, seq_len)
-        assert np.array_equal(np.concatenate(splits), corpus.tokens)
+        splits = split_by_position(tokens, seq_len, "")
+        assert np.array_equal(np.concatenate(splits), tokens)
         assert min(map(len, splits)) >= seq_len + 1
         assert all(
             abs(len(part) - share * length) < 1 for part, share in zip(splits, (0.9, 0.05, 0.05), strict=True)
@@ -45,9 +43,9 @@ def test_splits_follow_one_another_and_hold_a_window(length: int, seq_len: int) 
 
 
 def test_a_short_corpus_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"'poem' \(poem\.txt\).*20,499 bytes.*seq_len=1024.*20,500"):
-        split_corpus(corpus_of(20_499), 1024)
-    split_corpus(corpus_of(20_500), 1024)
+    with pytest.raises(ValueError, match=r"poem is too short: 20,499 tokens.*seq_len=1024.*20,500"):
+        split_by_position(text_of(20_499), 1024, "poem")
+    split_by_position(text_of(20_500), 1024, "poem")
 
 
 def philox(seed: int, step: int) -> Iterator[int]:
@@ -153,7 +151,7 @@ def test_steps_and_seeds_differ() -> None:
             lambda: train_batch(np.arange(9), seq_len=2, seed=0, step=0, rows=range(-1, 2)),
             r"rows=range\(-1, 2\)",
         ),
-        (lambda: split_corpus(corpus_of(100), -1), "seq_len=-1"),
+        (lambda: split_by_position(text_of(100), -1, ""), "seq_len=-1"),
     ],
 )
 def test_bad_arguments_are_named(call: Callable[[], object], complaint: str) -> None:

@@ -18,7 +18,7 @@ import torch
 from palm_pytorch import LaMDA, PaLM, PerceiverAR
 from palm_pytorch.cli import main
 from palm_pytorch.data.tokenizer import IntegerTokenizer
-from palm_pytorch.training import evaluation
+from palm_pytorch.training import evaluating
 from palm_pytorch.training.config import TrainConfig
 from palm_pytorch.training.loop import train
 from palm_pytorch.training.run import prepare, read_data
@@ -307,7 +307,7 @@ def test_ctrl_c_says_what_was_done_and_leaves_nothing(
     def interrupted(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt("64 of 900 tokens were scored, and nothing written")
 
-    monkeypatch.setattr(evaluation, "score", interrupted)
+    monkeypatch.setattr(evaluating, "score", interrupted)
     assert main(["evaluate", str(run), *FLAGS]) == 130
     assert capsys.readouterr().err.endswith(
         "64 of 900 tokens were scored, and nothing written\npalm: stopped\n"

@@ -14,10 +14,10 @@ import torch
 from palm_pytorch import LaMDA, PaLM, from_pretrained
 from palm_pytorch.cli import main
 from palm_pytorch.data.tokenizer import ByteTokenizer
+from palm_pytorch.training.generating import show, visible
 from palm_pytorch.training.loop import train
 from palm_pytorch.training.run import prepare
 from palm_pytorch.training.trained import load_run
-from palm_pytorch.training.writing import show, visible
 
 HALF = "\N{REPLACEMENT CHARACTER}"
 FLAGS = ["--device", "cpu", "--precision", "float32", "--seed", "3", "--max-new-tokens", "12"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import torch
 
 from palm_pytorch.training.logging import MEASURED, MetricsLog, read_metrics
 from palm_pytorch.training.meter import Meter
+from palm_pytorch.training.plot import curve
 
 ROWS: list[dict[str, Any]] = [
     {"step": 1, "split": "train", "bits_per_byte": 8.0, "tokens": 1_000_000},
@@ -51,6 +53,17 @@ def test_rows_are_on_disk_as_soon_as_they_are_added(tmp_path: Path) -> None:
         event = {"step": 4, "event": "skip", "tokens": 90, "reason": "the loss is not finite", "count": 3}
         assert read_metrics(path) == [ROWS[0], row, event]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_every_row_is_json(tmp_path: Path) -> None:
+    """Which has no numbers for infinite and undefined; pandas and others would refuse the file."""
+    path, sink = tmp_path / "metrics.jsonl", Recorder()
+    with MetricsLog(path, sinks=[sink]) as metrics:
+        metrics.add("valid", STATE, math.nan, math.inf)
+    assert not {"NaN", "Infinity"} & set(re.findall(r"\w+", path.read_text()))
+    (row,) = read_metrics(path)
+    assert row["loss"] is row["bits_per_byte"] is row["tokens_per_second"] is None and [row] == sink.rows
+    assert curve([row], "valid", "tokens").size == 0
 
 
 def test_rows_of_training_tell_what_they_took_of_the_machine(tmp_path: Path) -> None:

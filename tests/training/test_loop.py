@@ -300,6 +300,25 @@ def test_the_best_by_validation_is_kept_and_exported(
     torch.testing.assert_close(exported, best.state_dict(), rtol=0, atol=0)
 
 
+def test_a_best_that_is_damaged_is_not_exported_without_a_word(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damage(run: Run) -> None:
+        (complete_checkpoints(run.folder)[0] / "state.json").write_text("{}")
+        export(run)
+
+    losses, export = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]), loop.export_model
+    monkeypatch.setattr(loop, "score", lambda *_: (next(losses), 8.0))
+    monkeypatch.setattr(loop, "export_model", damage)
+    run = prepare(**{**tiny, "eval_every": 1, "generate_every": 0})
+    with pytest.warns(UserWarning, match=r"step-00000001.*damaged"):
+        train(run)
+    exported = from_pretrained(run.folder / "model").state_dict()
+    last = build_model(run.config, 256)
+    load_weights(complete_checkpoints(run.folder)[-1], last)
+    torch.testing.assert_close(exported, last.state_dict(), rtol=0, atol=0)
+
+
 def test_a_score_that_is_no_number_is_not_the_best(
     tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from palm_pytorch.training.manifest import DamagedError, check_manifest, write_durably, write_manifest
+from palm_pytorch.data.durable import write_durably
+from palm_pytorch.training.manifest import DamagedError, check_manifest, write_manifest
 
 
 @pytest.fixture

@@ -67,6 +67,12 @@ def test_palm_s_ramp() -> None:
     assert [batches_at(step, config(batch_ramp="50%:3", steps=5)) for step in range(5)] == [1, 1, 1, 3, 3]
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_palm_s_ramp_of_a_few_steps(steps: int) -> None:
+    made = config(recipe="palm", steps=steps)
+    assert [batches_at(step, made) for step in range(steps)] == [[1], [1, 4], [1, 2, 4]][steps - 1]
+
+
 @pytest.mark.parametrize(
     ("ramp", "says"),
     [
@@ -78,7 +84,7 @@ def test_palm_s_ramp() -> None:
         ("-1:2", "expected STEP:TIMES"),
         ("101%:2", "with '101%:2'; expected STEP:TIMES"),
         ("200:2,100:4", "they begin at steps 200, 100 of 1000"),
-        ("10%:2,100:4", "they begin at steps 100, 100 of 1000"),
+        ("100:2,100:4", "they begin at steps 100, 100 of 1000"),
     ],
 )
 def test_bad_ramps_are_named(ramp: str, says: str) -> None:
