@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from palm_pytorch.generation.decode import Context, check_eos_token, draw_tokens, prefix_length, stacked
 from palm_pytorch.generation.sampling import sample
-from palm_pytorch.models.language_model import LanguageModel, check_tokens
+from palm_pytorch.models.inputs import check_tokens
+from palm_pytorch.models.language_model import LanguageModel
 from palm_pytorch.ops.arguments import expect_integer, expect_mask, expect_tensor
 
 

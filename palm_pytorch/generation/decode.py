@@ -25,7 +25,8 @@ from palm_pytorch.generation.packing import LEAST_STEPS, has_hooks, packed
 from palm_pytorch.generation.recording import RecordedSteps
 from palm_pytorch.generation.sampling import Sampling
 from palm_pytorch.layers.kv_cache import KVCache
-from palm_pytorch.models.language_model import LanguageModel, check_tokens
+from palm_pytorch.models.inputs import check_tokens
+from palm_pytorch.models.language_model import LanguageModel
 from palm_pytorch.ops.arguments import expect_integer, expect_mask
 
 # Tokens of a prompt that go through the model at once: enough for large matrix products, and few enough that
@@ -400,7 +401,8 @@ def generate(
     filters or penalty), 0 where a row has ended.
     generator: of the draws, on the model's device.
 
-    The model is evaluated, and has its mode back between tokens and however generation ends.
+    The model is evaluated, and has its mode back between tokens and however generation ends. One that is in
+    training mode is therefore not for two threads at once; in evaluation mode any number may share it.
     Raises ValueError or TypeError naming the argument that does not fit.
     """
     arguments = dict(locals())

@@ -33,9 +33,15 @@ class LayerCache:
         keys fade.
 
         Until `advance` these n positions are not taken: the next call writes over them.
+        Raises TypeError where what is stored has another dtype.
         """
         n = new[0].shape[2]
         j = self.length + n
+        if self.stored and self.stored[0].dtype != new[0].dtype:
+            if self.length > 0:
+                held = f"{self.stored[0].dtype}, as it holds, got {new[0].dtype}"
+                raise TypeError(f"cache: expected keys of {held}: autocast or the model's dtype has changed")
+            self.stored = ()
         if not self.stored or j > self.capacity:
             self.make_room(j, new)
         self.appended = n
@@ -139,7 +145,10 @@ class KVCache:
             )
         stored = self.layers[0].stored
         if stored and len(stored[0]) != b:
-            raise ValueError(f"cache: expected {len(stored[0])} rows of tokens, as it holds, got {b}")
+            if self.length > 0:
+                raise ValueError(f"cache: expected {len(stored[0])} rows of tokens, as it holds, got {b}")
+            for layer in self:
+                layer.stored = ()
 
     def fade_keys(self, factor: Tensor, n: int, device: torch.device) -> None:
         """Has stored keys shrink by `factor` (d,), below 1, with every token after them; n are about to
@@ -152,7 +161,7 @@ class KVCache:
                 layer.fade = fade
 
     def clear(self) -> None:
-        """Forgets all tokens and keeps the storage."""
+        """Forgets all tokens, and keeps the storage for others of as many rows and the same dtype."""
         for layer in self:
             layer.length, layer.appended, layer.fade = 0, 0, None
         self.mask = self.fading = None

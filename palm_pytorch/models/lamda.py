@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from palm_pytorch.layers.attention import MultiQueryAttention
 from palm_pytorch.layers.feedforward import GEGLU, FeedForward
-from palm_pytorch.layers.kv_cache import NO_CACHE, NO_PAST, KVCache, LayerCache
+from palm_pytorch.layers.kv_cache import NO_PAST, KVCache, LayerCache
 from palm_pytorch.layers.norm import make_norm
 from palm_pytorch.layers.relative_bias import T5RelativeBias
-from palm_pytorch.models.language_model import LanguageModel, check_inputs
+from palm_pytorch.models.inputs import usable_cache
+from palm_pytorch.models.language_model import LanguageModel
 
 
 class LaMDABlock(nn.Module):
@@ -124,8 +125,7 @@ class LaMDA(LanguageModel):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        check_inputs(document_ids, tokens, cache)
-        cache = NO_CACHE if cache is None else cache
+        cache = usable_cache(cache, tokens, document_ids)
         key_mask = cache.begin(key_mask, *tokens.shape)
         x = self.token_emb(tokens)
         for layer, past in zip(self.layers, cache.pasts(len(self.layers)), strict=True):

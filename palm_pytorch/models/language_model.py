@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from palm_pytorch.layers.kv_cache import KVCache
 from palm_pytorch.layers.norm import make_norm
 from palm_pytorch.models.config import read_config
+from palm_pytorch.models.inputs import check_tokens
 from palm_pytorch.ops import linear_cross_entropy
-from palm_pytorch.ops.arguments import expect_tensor, readable
+from palm_pytorch.ops.arguments import expect_tensor
+from palm_pytorch.ops.cross_entropy import cross_entropy
 
 M = TypeVar("M", bound="LanguageModel")
 
@@ -27,7 +29,10 @@ class LanguageModel(nn.Module):
     """Base of the models. A subclass builds its layers and defines `hidden`.
 
     config: its constructor arguments; `type(model)(**model.config)` builds the same shape again.
+    layers: its blocks, each of which keeps what a cache stores.
     """
+
+    layers: nn.ModuleList
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -88,7 +93,7 @@ class LanguageModel(nn.Module):
 
     def new_cache(self, capacity: int = 256) -> KVCache:
         """An empty cache for `model(tokens, cache=cache)`, with room for `capacity` tokens at first."""
-        return KVCache(self.config["depth"], capacity)
+        return KVCache(len(self.layers), capacity)
 
     def forward(
         self,
@@ -104,7 +109,8 @@ class LanguageModel(nn.Module):
 
         Label `[.., t]` is what position t must predict; `ignore_index` marks labels that do not count.
         z_loss: weight of PaLM's auxiliary loss `log(Z)^2` (arXiv 2204.02311, section 5).
-        With labels, logits are never held all at once.
+        With labels, logits are never held all at once, unless they are more than the product with a weight:
+        those of a subclass's `logits`, of another module as head, or of one with hooks.
         last_only: logits of the last position alone, (b, 1, v).
         inputs: of the model's `hidden`.
         """
@@ -121,10 +127,9 @@ class LanguageModel(nn.Module):
             hidden = hidden * scale
         if labels is None:
             return self.logits(hidden[:, -1:] if last_only else hidden)
-        if self.to_logits is not None and type(self.to_logits).forward is not nn.Linear.forward:
-            head = type(self.to_logits).__name__
-            raise ValueError(f"labels: a loss needs the weight of an nn.Linear as to_logits, got {head}")
         labels = labels[:, -hidden.shape[1] :]
+        if not self.head_is_linear:
+            return cross_entropy(self.logits(hidden), labels, ignore_index, z_loss)
         return linear_cross_entropy(
             hidden,
             self.head_weight,
@@ -134,8 +139,22 @@ class LanguageModel(nn.Module):
             z_loss=z_loss,
         )
 
+    @property
+    def head_is_linear(self) -> bool:
+        """Whether logits are a product with `head_weight` and no more, as long as nobody has put something
+        else there: a `logits` of one's own, another module, hooks, a weight that is no plain tensor."""
+        if type(self).logits is not LOGITS or "logits" in self.__dict__:
+            return False
+        if (head := self.to_logits) is not None:
+            if type(head).forward is not nn.Linear.forward or "forward" in head.__dict__:
+                return False
+            before, after = head._forward_pre_hooks, head._forward_hooks
+            if before or after or head._backward_pre_hooks or head._backward_hooks:
+                return False
+        return type(self.head_weight) in (Tensor, nn.Parameter)
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (.., c) -> (.., v)."""
+        """hidden (.., c), times `logit_scale` where that is not 1, -> (.., v)."""
         return F.linear(hidden, self.head_weight) if self.to_logits is None else self.to_logits(hidden)
 
     if TYPE_CHECKING:
@@ -160,30 +179,4 @@ class LanguageModel(nn.Module):
         def push_to_hub(self, repo_id: str, **options: Any) -> str: ...
 
 
-def check_inputs(document_ids: Tensor | None, tokens: Tensor, cache: KVCache | None) -> None:
-    """Refuses what is no cache, ids that do not go with the tokens (b, n), and any with a cache, which keeps
-    none."""
-    if cache is not None and not isinstance(cache, KVCache):
-        raise TypeError(f"cache: expected one of `new_cache`, got {type(cache).__name__}")
-    if document_ids is None:
-        return
-    expect_tensor("document_ids", document_ids)
-    if document_ids.shape != tokens.shape:
-        shapes = f"{tuple(tokens.shape)}, got {tuple(document_ids.shape)}"
-        raise ValueError(f"document_ids: expected the shape of tokens, {shapes}")
-    if cache is not None:
-        raise ValueError("document_ids: a cache does not keep them, so expected None with one")
-
-
-def check_tokens(tokens: Tensor, num_tokens: int, device: torch.device, name: str = "tokens") -> None:
-    """Refuses what is no batch of token ids, as far as they are `readable`."""
-    expect_tensor(name, tokens)
-    if tokens.dtype not in (torch.long, torch.int):
-        raise TypeError(f"{name}: expected torch.long or torch.int, got {tokens.dtype}")
-    if tokens.dim() != 2 or 0 in tokens.shape:
-        raise ValueError(f"{name}: expected shape (batch, length), neither empty, got {tuple(tokens.shape)}")
-    if tokens.device != device:
-        raise ValueError(f"{name}: expected the model's device {device}, got {tokens.device}")
-    if readable(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < num_tokens:
-        found = f"from {int(tokens.min())} to {int(tokens.max())}"
-        raise ValueError(f"{name}: expected ids in [0, {num_tokens}), got ids {found}")
+LOGITS = LanguageModel.logits  # as it is here, whatever somebody makes of the class

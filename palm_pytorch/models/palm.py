@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from palm_pytorch.layers.attention import split_heads
 from palm_pytorch.layers.feedforward import swiglu
-from palm_pytorch.layers.kv_cache import NO_CACHE, NO_PAST, KVCache, LayerCache
+from palm_pytorch.layers.kv_cache import NO_PAST, KVCache, LayerCache
 from palm_pytorch.layers.parallel import ParallelBlock
 from palm_pytorch.layers.rotary import Rotary, RotaryTable, rotate_both
-from palm_pytorch.models.language_model import LanguageModel, check_inputs
+from palm_pytorch.models.inputs import usable_cache
+from palm_pytorch.models.language_model import LanguageModel
 
 
 class PaLMBlock(ParallelBlock):
@@ -118,8 +119,7 @@ class PaLM(LanguageModel):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        check_inputs(document_ids, tokens, cache)
-        cache = NO_CACHE if cache is None else cache
+        cache = usable_cache(cache, tokens, document_ids)
         key_mask = cache.begin(key_mask, *tokens.shape)
         x = self.token_emb(tokens)
         rotary = self.rotary(cache.positions(tokens.shape[1], tokens.device), cache)

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from palm_pytorch.layers.alibi import alibi_slopes
 from palm_pytorch.layers.attention import split_heads
 from palm_pytorch.layers.feedforward import swiglu
-from palm_pytorch.layers.kv_cache import NO_CACHE, NO_PAST, KVCache, LayerCache
+from palm_pytorch.layers.kv_cache import NO_PAST, KVCache, LayerCache
 from palm_pytorch.layers.parallel import ParallelBlock
-from palm_pytorch.models.language_model import LanguageModel, check_inputs
+from palm_pytorch.models.inputs import usable_cache
+from palm_pytorch.models.language_model import LanguageModel
 from palm_pytorch.ops import AlibiBias
 
 
@@ -91,8 +92,7 @@ class PaLMLite(LanguageModel):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        check_inputs(document_ids, tokens, cache)
-        cache = NO_CACHE if cache is None else cache
+        cache = usable_cache(cache, tokens, document_ids)
         key_mask = cache.begin(key_mask, *tokens.shape)
         x = self.token_emb(tokens)
         alibi = AlibiBias(alibi_slopes(self.config["heads"], tokens.device), cache.at)

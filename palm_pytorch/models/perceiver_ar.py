@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from palm_pytorch.layers.attention import MultiQueryAttention
 from palm_pytorch.layers.feedforward import FeedForward, SwiGLU
-from palm_pytorch.layers.kv_cache import NO_CACHE, KVCache
+from palm_pytorch.layers.kv_cache import KVCache
 from palm_pytorch.layers.norm import make_norm
 from palm_pytorch.layers.prefix_dropout import PrefixDropout
 from palm_pytorch.layers.rotary import Rotary
-from palm_pytorch.models.language_model import LanguageModel, check_inputs
+from palm_pytorch.models.inputs import usable_cache
+from palm_pytorch.models.language_model import LanguageModel
 from palm_pytorch.ops.arguments import expect_integer, expect_mask
 
 
@@ -147,8 +148,7 @@ class PerceiverAR(LanguageModel):
         document_ids: (b, n), as of the others. Positions are counted along the row, not in each document.
         cache: the first call with it brings the prefix, each further one the latents behind those it holds.
         """
-        check_inputs(document_ids, tokens, cache)
-        cache, whole = (NO_CACHE, False) if cache is None else (cache, True)
+        whole, cache = cache is not None, usable_cache(cache, tokens, document_ids)
         self._check(tokens, prefix_mask, cache, masked=key_mask is not None)
         (b, n), p = tokens.shape, 0 if cache.length else self.prefix_len
         padded = key_mask is not None or cache.mask is not None

@@ -52,7 +52,7 @@ def linear_cross_entropy(
     """
     _check(hidden, weight, labels, bias, ignore_index, z_loss, chunk_tokens)
     if transformed():
-        return _plain(hidden, weight, labels, bias, ignore_index, z_loss)
+        return cross_entropy(F.linear(hidden, weight, bias), labels, ignore_index, z_loss)
     if chunk_tokens is None:
         chunk_tokens = max(1, MAX_LOGITS // weight.shape[0])
     # Inside a Function gradients look wanted even where they are switched off.
@@ -62,11 +62,8 @@ def linear_cross_entropy(
         return _LinearCrossEntropy.apply(*inputs, settings)
 
 
-def _plain(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, z_loss: float
-) -> Tensor:
-    """The definition, with all logits at once."""
-    logits = F.linear(hidden, weight, bias)
+def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int, z_loss: float) -> Tensor:
+    """The definition: as `linear_cross_entropy`, of all logits (..., v) at once."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     counts = labels != ignore_index
     log_z = logits.logsumexp(dim=-1)

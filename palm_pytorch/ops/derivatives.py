@@ -25,11 +25,16 @@ def first_derivative_only(name: str, instead: str) -> Callable[[Callable[..., An
     def refusing(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
         def checked(ctx: Any, *grads: Any) -> Any:
-            # Gradients are on in a backward pass only where it is to be differentiated.
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                raise RuntimeError(
-                    f"{name}: has no second derivative, so expected create_graph=False; {instead} has"
-                )
+            if not torch.compiler.is_compiling():
+                # Gradients are on in a backward pass only where it is to be differentiated.
+                if torch.is_grad_enabled():
+                    raise RuntimeError(
+                        f"{name}: has no second derivative, so expected create_graph=False; {instead} has"
+                    )
+                if any(torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads):
+                    raise RuntimeError(
+                        f"{name}: takes no batch of gradients, so expected vectorize=False; {instead} does"
+                    )
             return backward(ctx, *grads)
 
         return checked

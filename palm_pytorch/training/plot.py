@@ -102,6 +102,7 @@ def plot_metrics(runs: Mapping[str, Sequence[Row]], path: Path, *, x: str = "tok
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    first_scores = []
     try:
         for number, (label, rows) in enumerate(runs.items()):
             # To matplotlib a $ begins a formula, and a label with _ in front is not to be shown.
@@ -117,12 +118,16 @@ def plot_metrics(runs: Mapping[str, Sequence[Row]], path: Path, *, x: str = "tok
                 alone = len(runs) == 1 or not last
                 name = f"{label}: train {smoothed(train)[-1, 1]:.3f}" if alone else None
                 axes.plot(*smoothed(train).T, alpha=1 if alone else 0.35, color=colors[0], label=name)
+            if len(valid) > 2:
+                first_scores.append(valid[0, 1])
             if valid.size:
                 axes.plot(*valid.T, marker=".", color=colors[1], label=f"{label}: {last}")
             if test.size:
                 name = None if valid.size else f"{label}: {last}"
                 axes.plot(*test.T, "*", markersize=12, color=colors[2], label=name)
         axes.set(xlabel=AXES[x][2], ylabel="bits per byte")
+        if len(first_scores) == len(runs):  # or the first few steps would take most of the room
+            axes.set_ylim(top=1.05 * max(first_scores))
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(path, dpi=150)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from palm_pytorch import LaMDA, PaLM, PaLMLite, PerceiverAR
 from palm_pytorch.generation import decode, packing
+from palm_pytorch.layers import RMSNorm
 from palm_pytorch.layers.parallel import ParallelBlock
 from palm_pytorch.models.language_model import LanguageModel
 from palm_pytorch.ops import AlibiBias, attention
@@ -494,6 +495,22 @@ CHANGES: dict[str, Callable[[PaLM], Any]] = {
     "parametrization": lambda net: nn.utils.parametrizations.spectral_norm(net.layers[0].attn_out),
     "hook": lambda net: net.layers[0].attn_out.register_forward_hook(lambda module, inputs, out: out + 1),
 }
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"), [(RMSNorm, "forward"), (nn.Linear, "forward"), (LanguageModel, "logits")]
+)
+@torch.no_grad()
+def test_what_is_changed_in_a_class_counts(
+    kind: type[nn.Module], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, prompt, plain = build(PaLM, {}), random_tokens(2, 12), getattr(kind, method)
+    monkeypatch.setattr(kind, method, lambda module, x: plain(module, x).tanh())
+    found, wanted = (
+        torch.stack([*net.generate(prompt, 70, temperature=0, log_probs=True, use_cache=cached)])
+        for cached in (True, False)
+    )
+    assert error(found, wanted) <= 1e-5
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -105,6 +105,27 @@ def test_cleared_it_is_empty_and_keeps_its_room() -> None:
     assert cache.layers[0].stored is stored
 
 
+@torch.no_grad()
+def test_cleared_it_serves_other_rows_and_another_dtype() -> None:
+    net = PaLM(num_tokens=9, dim=16, depth=2, heads=2, dim_head=16).eval()
+    cache, text = net.new_cache(8), torch.randint(9, (3, 6))
+    for rows, dtype in ((2, torch.float32), (1, torch.float32), (3, torch.bfloat16), (3, torch.float32)):
+        cache.clear()
+        found = net.to(dtype)(text[:rows], cache=cache)
+        assert error(found, net(text[:rows])) <= (1e-6 if dtype is torch.float32 else 2e-2)
+
+
+@torch.no_grad()
+def test_what_it_holds_has_one_dtype() -> None:
+    net = PaLM(num_tokens=9, dim=16, depth=2, heads=2, dim_head=16).eval()
+    cache, text = net.new_cache(8), torch.randint(9, (1, 6))
+    with torch.autocast("cpu", torch.bfloat16):
+        net(text, cache=cache)
+    with pytest.raises(TypeError, match=r"cache: .*bfloat16, as it holds, got torch.float32: autocast"):
+        net(text[:, :1], cache=cache)
+    assert cache.length == 6
+
+
 def test_keys_fade_with_every_token_after_them() -> None:
     cache = KVCache(1, 2)
     factor = torch.tensor([0.5, 1.0], dtype=torch.float64)

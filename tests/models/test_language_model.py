@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from palm_pytorch import LaMDA, PaLM, PaLMLite, PerceiverAR
@@ -467,14 +469,59 @@ def test_the_whole_model_compiles(kind: Kind, backend: str) -> None:
         assert counters["stats"]["unique_graphs"] == 2
 
 
+def capped(net: Any, hidden: Tensor) -> Tensor:
+    return type(net).logits(net, hidden).tanh()
+
+
+def one_of_its_own(net: Any) -> None:
+    kind = type(net)
+    net.__class__ = type("Own", (kind,), {"logits": lambda self, hidden: kind.logits(self, hidden).tanh()})
+
+
+# Each makes the logits of a model something else than a product with `head_weight`.
+HEADS: dict[str, Callable[[Any], Any]] = {
+    "module": lambda net: setattr(net, "to_logits", nn.Sequential(net.to_logits, nn.Tanh())),
+    "subclass": one_of_its_own,
+    "object's own": lambda net: setattr(net, "logits", partial(capped, net)),
+    "object's own forward": lambda net: setattr(
+        net.to_logits, "forward", lambda x: nn.Linear.forward(net.to_logits, x).tanh()
+    ),
+    "hook": lambda net: net.to_logits.register_forward_hook(lambda module, inputs, out: out.tanh()),
+    "hook before": lambda net: net.to_logits.register_forward_pre_hook(lambda module, x: (x[0].tanh(),)),
+    "pruned by a hook": lambda net: prune.l1_unstructured(net.to_logits, "weight", 0.5),
+    "parametrization": lambda net: nn.utils.parametrizations.weight_norm(net.to_logits),
+}
+
+
+@pytest.mark.parametrize("change", HEADS)
 @models
-def test_a_head_that_the_user_puts_there_is_asked(kind: Kind) -> None:
-    net, tokens = build(kind, tie_embeddings=False), random_tokens()
-    wanted = net(tokens).tanh()
-    net.to_logits = nn.Sequential(net.to_logits, nn.Tanh())
-    assert torch.equal(net(tokens), wanted)
-    with pytest.raises(ValueError, match=r"labels: .*to_logits, got Sequential"):
-        net(tokens, labels=tokens)
+def test_a_head_that_the_user_has_changed_counts(kind: Kind, change: str) -> None:
+    """In the loss as in the logits, step after step."""
+    net, tokens, labels = build(kind, tie_embeddings=False), random_tokens(), random_tokens()
+    labels[0, 21] = -100
+    HEADS[change](net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(2):
+        found = net(tokens, labels=labels, z_loss=0.1)
+        logits = net(tokens)
+        counted = labels[:, -logits.shape[1] :].flatten()
+        z = logits.flatten(0, 1).logsumexp(-1)[counted != -100]
+        wanted = nn.functional.cross_entropy(logits.flatten(0, 1), counted) + 0.1 * z.square().mean()
+        assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+        weights = [weight for weight in net.parameters() if weight.requires_grad]
+        grads = [torch.autograd.grad(loss, weights, allow_unused=True) for loss in (found, wanted)]
+        assert all(a is b is None or error(a, b) <= 1e-4 for a, b in zip(*grads, strict=True))
+        for weight, gradient in zip(weights, grads[0], strict=True):
+            weight.grad = gradient
+        optimizer.step()
+
+
+@models
+def test_layers_may_be_taken_away(kind: Kind) -> None:
+    net, tokens = build(kind, depth=3), random_tokens()[:, :22]
+    net.layers = net.layers[:2]
+    found = [net.generate(tokens, 5, temperature=0, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*found)
 
 
 @models

@@ -661,3 +661,54 @@ def test_blockwise_on_a_device_without_autocast() -> None:
     q, kv = torch.randn(1, 2, 5, 8, device="meta", requires_grad=True), torch.randn(1, 1, 5, 8, device="meta")
     (found,) = torch.autograd.grad(attention(q, kv, kv, backend="blockwise").sum(), q)
     assert found.shape == q.shape and found.is_meta
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "blockwise", TRITON])
+@pytest.mark.parametrize("n", [33, 113, 114, 130])
+def test_the_far_bucket_s_gradient(n: int, backend: str) -> None:
+    """It is what no key is in, or a few. As what the other buckets' leave it was their rounding."""
+    q, k, v, grad = (torch.randn(2, h, n, 16).bfloat16() for h in (4, 1, 1, 4))
+    table = torch.randn(32, 4).mul(0.3).bfloat16()
+
+    def gradient(dtype: torch.dtype, backend: str) -> Tensor:
+        bias = RelativeBias(table.to(dtype).requires_grad_(), 128, 4.0)
+        out = attention(q.to(dtype), k.to(dtype), v.to(dtype), bias=bias, backend=backend)
+        return torch.autograd.grad(out, bias.table, grad.to(dtype))[0]
+
+    exact, found = gradient(torch.float64, "reference"), gradient(torch.bfloat16, backend)
+    if n <= 113:
+        assert (found[-1] == 0).all() and (exact[-1] == 0).all()
+    elif backend != "triton":  # where the sum of all is 0
+        assert error(found[-1], exact[-1]) <= 0.06
+
+
+def test_the_definition_sums_a_table_s_gradient_in_float32() -> None:
+    """Of half a million scores, in bfloat16, it was a tenth off."""
+    q, k, v, grad = (torch.randn(1, h, 1024, 16).bfloat16() for h in (2, 1, 1, 2))
+    table = torch.randn(32, 2).mul(0.3).bfloat16()
+    found = []
+    for dtype in (torch.float64, torch.bfloat16):
+        bias = RelativeBias(table.to(dtype).requires_grad_(), 128, 4.0)
+        out = attention(q.to(dtype), k.to(dtype), v.to(dtype), bias=bias, backend="reference")
+        found.append(torch.autograd.grad(out, bias.table, grad.to(dtype))[0])
+    assert error(found[1], found[0]) <= 1e-2
+
+
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+def test_the_output_may_be_changed_in_place(backend: str) -> None:
+    """As by a hook that switches a head off. (Torch's kernel goes on from its output, and refuses.)"""
+    q, kv = torch.randn(1, 2, 5, 8, requires_grad=True), torch.randn(1, 1, 5, 8)
+    out = attention(q, kv, kv, backend=backend, bias=AlibiBias(torch.ones(2)))
+    out[:, :1].zero_()
+    (found,) = torch.autograd.grad(out.sum(), q)
+    assert (found[:, 0] == 0).all() and (found[:, 1, 1:] != 0).any()
+
+
+def test_a_batch_of_gradients_is_refused_by_name() -> None:
+    def last(x: Tensor) -> Tensor:
+        return attention(x, x, x, backend="blockwise")[0, 0, -1]
+
+    x = torch.randn(1, 2, 5, 8)
+    with pytest.raises(RuntimeError, match=r"'blockwise': takes no batch of gradients.*'reference' does"):
+        torch.autograd.functional.jacobian(last, x, vectorize=True)
+    torch.autograd.functional.jacobian(last, x)

@@ -62,6 +62,15 @@ def test_one_run(tmp_path: Path, figures: Any) -> None:
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("training tokens, in millions", "bits per byte")
 
 
+def test_scores_have_the_room(tmp_path: Path, figures: Any) -> None:
+    """Not the first steps, which are far above; unless there are few scores to look at."""
+    more = [{**ROWS[3], "step": step, "tokens": step, "bits_per_byte": 8 / step} for step in (2, 3, 4)]
+    for rows, top in ((ROWS[:3] + more, 4.2), (ROWS[:3] + more[:2], 8.0)):
+        plot_metrics({"palm": rows}, tmp_path / "loss.png")
+        found = figures.gcf().axes[0].get_ylim()[1]
+        assert found == pytest.approx(top) if top < 8 else found >= top
+
+
 @pytest.mark.parametrize(("x", "places"), [("tokens", [1, 2]), ("steps", [1, 2]), ("seconds", [2.5, 4.5])])
 def test_several_runs(x: Any, places: list[float], tmp_path: Path, figures: Any) -> None:
     runs = [write_run(tmp_path / name, rows) for name, rows in (("a", ROWS), ("b", [*ROWS, TEST]))]

@@ -91,9 +91,11 @@ class RelativeBias:
         differentiable in `table`; further behind it does not, or there are no keys. Softmax ignores what all
         keys have in common, so this is all that attention needs to know.
         """
-        table = self.wide
-        near = table[self.buckets(torch.arange(self.reach(j_len), device=table.device))]
-        return ((near - table[-1]) * self.scale).T
+        table, reach = self.wide, self.reach(j_len)
+        near = table[self.buckets(torch.arange(reach, device=table.device))]
+        # No key is so far: the last bucket's gradient is 0, and not what rounding leaves of the others'.
+        unseen = torch.is_grad_enabled() and reach == j_len
+        return ((near - (table[-1].detach() if unseen else table[-1])) * self.scale).T
 
     def windows(self, i_len: int, j_len: int) -> Tensor:
         """`values` in float32 or better, as windows on those of all distances: the gradient of a look-up for
@@ -105,7 +107,8 @@ class RelativeBias:
     def values(self, i_len: int, j_len: int) -> Tensor:
         """The bias as a tensor (h, i, j), differentiable in `table`: the plain definition, in its dtype."""
         buckets = self.buckets(key_distance(i_len, j_len, self.table.device, self.at))
-        return self.table[buckets].permute(2, 0, 1) * self.scale
+        # Of the wide table, so that what all scores have for a bucket is not summed in a half precision.
+        return self.wide[buckets].to(self.table.dtype).permute(2, 0, 1) * self.scale
 
 
 Bias = AlibiBias | RelativeBias

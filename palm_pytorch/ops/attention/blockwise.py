@@ -70,7 +70,8 @@ def blockwise(
     if v is k:  # compiled code knows each argument of a Function once
         v = v.view_as(v)
     call = _Call(causal, bias, dropout_p, seed, scale, keep)
-    return _apply(q, k, v, per_head, key_mask, document_ids, call)
+    out = _apply(q, k, v, per_head, key_mask, document_ids, call)
+    return rearrange(out, "(b g) i r d -> b (g r) i d", g=k.shape[1])
 
 
 def _one_query(
@@ -156,7 +157,6 @@ class _Blockwise(torch.autograd.Function):
         call: _Call,
     ) -> Tensor:
         ctx.call = call
-        g = k.shape[1]
         scores = _Scores(q, k, per_head, key_mask, document_ids, call)
         values = rearrange(v, "b g j d -> (b g) j d").contiguous()
         out = torch.zeros_like(scores.q)
@@ -169,7 +169,7 @@ class _Blockwise(torch.autograd.Function):
             rows = out[block.t, block.queries]
             rows.copy_(_product(weights, values[block.t, : block.seen]).view_as(rows))
         ctx.save_for_backward(q, k, v, per_head, key_mask, document_ids, *kept)
-        return rearrange(out, "(b g) i r d -> b (g r) i d", g=g)
+        return out
 
     @staticmethod
     @first_derivative_only("backend 'blockwise'", "backend 'reference'")
@@ -185,7 +185,7 @@ class _Blockwise(torch.autograd.Function):
         g = k.shape[1]
         scores = _Scores(q, k, per_head, key_mask, document_ids, call)
         keys, values = scores.k, rearrange(v, "b g j d -> (b g) j d").contiguous()
-        grad_out = _queries_of(grad_out, g)
+        grad_out = grad_out.contiguous()
         dq = torch.zeros_like(scores.q)
         # Sums over blocks: a half precision would lose what the later blocks add.
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -383,13 +383,15 @@ class _Band:
         if self.bias is None:
             return
         if self.grad is None:
-            self.grad = torch.zeros_like(self.values)
+            self.grad, self.far = torch.zeros_like(self.values), torch.zeros_like(self.values[:, 0, :, 0])
         keys, own = self._columns(block)
         self.grad[block.t, : grad.shape[1], :, own] += grad[..., keys]
+        if keys.start > 0:
+            self.far[block.t] += grad[..., : keys.start].sum(dim=(1, 3))
 
     def per_head_grad(self, g: int) -> Tensor | None:
-        """The gradient (h, buckets) of the table. Score gradients sum to zero along each row, so the last
-        bucket's is what the others leave."""
+        """The gradient (h, buckets) of the table. (Score gradients sum to zero along each row, but rounded
+        ones nearly so: what the others leave is not the last bucket's where few keys are so far.)"""
         if self.bias is None:
             return None
         if self.grad is None:  # no query saw any key
@@ -397,5 +399,5 @@ class _Band:
         per_head = rearrange(self.grad, "(b g) i r c -> b (g r) (i c)", g=g).sum(0)
         member = F.one_hot(self.buckets.flatten(), self.bias.table.shape[0]).to(per_head.dtype)
         grad = per_head @ member
-        grad[:, -1] = -grad[:, :-1].sum(dim=-1)
+        grad[:, -1] += rearrange(self.far, "(b g) r -> b (g r)", g=g).sum(0)
         return (grad * self.bias.scale).to(self.bias.table.dtype)
