@@ -25,6 +25,7 @@ from palm_pytorch.training.evaluating import EvaluateOptions, evaluate_model
 from palm_pytorch.training.faults import TRAINING_FAILED
 from palm_pytorch.training.generating import GenerateOptions, write
 from palm_pytorch.training.loop import train
+from palm_pytorch.training.machine import keep_to_quota
 from palm_pytorch.training.options import add_options, option
 from palm_pytorch.training.plot import PlotOptions, plot_runs
 from palm_pytorch.training.preparing import PrepareOptions, prepare_folder
@@ -250,6 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *where: f"palm: warning: {message}\n"
     if isinstance(sys.stdout, io.TextIOWrapper):  # samples are any text, and logs are to be read as they grow
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    keep_to_quota()
     command = given.pop("command")
     try:
         return command(**given)

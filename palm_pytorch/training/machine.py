@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from functools import cache
+from pathlib import Path
 
 import torch
 
 # From malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+# Microseconds of processor time that a container gets in so many, or "max".
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def keep_to_quota() -> None:
+    """Have torch use no more threads than the container may use cores at a time; it counts those of the
+    machine, and threads that are not let run are waited for at every operation. OMP_NUM_THREADS goes before.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    try:
+        quota, period = map(int, CPU_QUOTA.read_text(encoding="utf-8").split())
+    except (OSError, ValueError):  # there is none
+        return
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), quota // period)))
 
 
 def keep_freed_memory() -> bool:
