@@ -151,6 +151,7 @@ def test_gradients_and_other_rows_are_refused() -> None:
         cache.begin(None, 2, 1)
     with torch.no_grad():
         cache.layers[0].append(torch.zeros(2, 1, 1, 1))
+        cache.advance()
         with pytest.raises(ValueError, match=r"cache: .*2 rows.*got 3"):
             cache.begin(None, 3, 1)
         with pytest.raises(ValueError, match=r"key_mask: .*\(2, 1\)"):
