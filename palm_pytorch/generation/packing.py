@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from palm_pytorch.layers.norm import RMSNorm
 from palm_pytorch.layers.parallel import ParallelBlock
 from palm_pytorch.layers.relative_bias import T5RelativeBias
-from palm_pytorch.models.language_model import LOGITS, LanguageModel
+from palm_pytorch.models.language_model import LanguageModel
 from palm_pytorch.ops import RelativeBias, rms_norm
 
 # The copy is worth its time, about 30 times that of reading the weights once, from so many tokens on, and its
@@ -81,12 +81,10 @@ DEFINED: dict[type[nn.Module], Call] = {
 
 def _is_as_defined(module: nn.Module) -> bool:
     """Whether it does what its class does, and that is one of this library or of torch, as they define it."""
-    changed = type(module).forward is not DEFINED.get(type(module), type(module).forward)
-    if changed or (isinstance(module, LanguageModel) and type(module).logits is not LOGITS):
-        return False
+    as_defined = type(module).forward is DEFINED.get(type(module), type(module).forward)
     known = _is_ours(module) or type(module).__module__.startswith("torch.nn.modules.")
     own_methods = any(isroutine(getattr(type(module), name, None)) for name in vars(module))
-    return known and not own_methods and module._compiled_call_impl is None
+    return as_defined and known and not own_methods and module._compiled_call_impl is None
 
 
 def _twin(module: Any, made: dict[nn.Module, nn.Module]) -> Any:
@@ -173,7 +171,7 @@ def _products(model: LanguageModel, modules: list[nn.Module]) -> dict[tuple[nn.M
             found[block, "out"] = [way.weight for way in ways], None
             linears -= set(ways)
     found |= {(linear, "forward"): ([linear.weight], linear.bias) for linear in linears}
-    if type(model.to_logits) in (type(None), nn.Linear) and _packs(model.head_weight):
+    if model.head_is_linear and _packs(model.head_weight):
         found[model, "logits"] = [model.head_weight], model.head_bias
     if sum(weight.nbytes for weights, _ in found.values() for weight in weights) > MOST_BYTES:
         return {}
