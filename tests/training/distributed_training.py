@@ -33,6 +33,7 @@ from palm_pytorch.training.resharding import whole
 from palm_pytorch.training.run import prepare
 from palm_pytorch.training.saver import Saver
 from palm_pytorch.training.state import TrainState
+from palm_pytorch.training.tensor_layout import whole_numel
 
 # A vocabulary and a width that no number of ranks divides.
 SHAPE: dict[str, Any] = {"num_tokens": 257, "dim": 30, "depth": 2, "heads": 4, "dim_head": 6, "ff_mult": 2}
@@ -50,12 +51,14 @@ STEPS, SLICES, ROWS, MAX_NORM, Z_LOSS = 2, 2, 4, 0.5, 1e-3
 
 class Trained(NamedTuple):
     """Of a few steps: the loss and gradient norm of each, the first's gradient before clipping, and the
-    parameters at the end, all of the whole model; and what is on every tensor rank."""
+    parameters at the end, and how many numbers these are, all of the whole model; and what is on every tensor
+    rank."""
 
     losses: list[float]
     norms: list[float]
     gradients: dict[str, Tensor]
     parameters: dict[str, Tensor]
+    size: int
     replicas: dict[str, Tensor]
 
 
@@ -95,7 +98,8 @@ def train_alone(name: str) -> Trained:
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item())
         optimizer.step()
         optimizer.zero_grad()
-    return Trained(losses, norms, gradients, {n: p.detach() for n, p in model.named_parameters()}, {})
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return Trained(losses, norms, gradients, {n: p.detach() for n, p in model.named_parameters()}, size, {})
 
 
 @contextmanager
@@ -181,7 +185,8 @@ def train(name: str, config: TrainConfig, parallel: Parallel) -> Trained:
         losses.append(training.accumulate(slices))
         gradients = gradients or training.gradients()
         norms.append(training.update())
-    return Trained(losses, norms, gradients, training.parameters(), training.replicas())
+    size = sum(map(whole_numel, training.model.parameters()))
+    return Trained(losses, norms, gradients, training.parameters(), size, training.replicas())
 
 
 def save(names: list[str], folder: Path, kind: str, options: dict[str, Any]) -> dict[str, dict[str, Tensor]]:

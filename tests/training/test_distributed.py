@@ -63,6 +63,7 @@ def test_losses_gradients_and_weights_are_those_of_one_process(
         expected, trained = alone[name], results[0][number]
         assert trained.losses == pytest.approx(expected.losses, rel=1e-5), name
         assert trained.norms == pytest.approx(expected.norms, rel=1e-5), name
+        assert trained.size == expected.size, name
         for what in ("gradients", "parameters"):
             found, wanted = getattr(trained, what), getattr(expected, what)
             assert found.keys() == wanted.keys()

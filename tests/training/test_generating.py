@@ -128,6 +128,7 @@ def test_a_text_ends_with_the_end_token(saved: str, capsys: pytest.CaptureFixtur
         ("generate --checkpoint SAVED --prompt x --temperature -1", "temperature: "),
         ("generate --checkpoint SAVED --prompt x --eos-token 256", "eos_token: "),
         ("generate --checkpoint SAVED --prompt x --num-samples 0", "num_samples is 0"),
+        (f"generate --checkpoint SAVED --prompt x --num-samples {10**15}", "can't allocate memory"),
         ("generate --checkpoint WORDS --prompt x", "a model of 300 tokens with no tokenizer"),
     ],
 )
