@@ -172,7 +172,7 @@ def _products(model: LanguageModel, modules: list[nn.Module]) -> dict[tuple[nn.M
             linears -= set(ways)
     found |= {(linear, "forward"): ([linear.weight], linear.bias) for linear in linears}
     if model.head_is_linear and _packs(model.head_weight):
-        found[model, "logits"] = [model.head_weight], model.head_bias
+        found[model, "_head"] = [model.head_weight], model.head_bias
     if sum(weight.nbytes for weights, _ in found.values() for weight in weights) > MOST_BYTES:
         return {}
     return {place: _packed(*factors) for place, factors in found.items()}

@@ -123,15 +123,13 @@ class LanguageModel(nn.Module):
                 shapes = f"{tuple(tokens.shape)}, got {tuple(labels.shape)}"
                 raise ValueError(f"labels: expected the shape of tokens, {shapes}")
         hidden = self.hidden(tokens, **inputs)
-        if (scale := self.config["logit_scale"]) != 1:
-            hidden = hidden * scale
         if labels is None:
             return self.logits(hidden[:, -1:] if last_only else hidden)
         labels = labels[:, -hidden.shape[1] :]
         if not self.head_is_linear:
             return cross_entropy(self.logits(hidden), labels, ignore_index, z_loss)
         return linear_cross_entropy(
-            hidden,
+            self._scaled(hidden),
             self.head_weight,
             labels,
             bias=self.head_bias,
@@ -154,7 +152,14 @@ class LanguageModel(nn.Module):
         return type(self.head_weight) in (Tensor, nn.Parameter)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (.., c), times `logit_scale` where that is not 1, -> (.., v)."""
+        """hidden (.., c) -> (.., v)."""
+        return self._head(self._scaled(hidden))
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        scale = self.config["logit_scale"]
+        return hidden if scale == 1 else hidden * scale
+
+    def _head(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.head_weight) if self.to_logits is None else self.to_logits(hidden)
 
     if TYPE_CHECKING:

@@ -274,6 +274,7 @@ def test_palm_s_embeddings_and_logits(kind: Kind) -> None:
     expected = F.cross_entropy(logits.flatten(0, 1), labels[:, -logits.shape[1] :].flatten())
     assert error(net(tokens, labels=labels), expected) <= 1e-12
     assert error(net(tokens, last_only=True), logits[:, -1:]) <= 1e-12
+    assert error(net.logits(net.hidden(tokens)), logits) <= 1e-12
     assert type(net)(**net.config)(tokens).shape == logits.shape
 
 
