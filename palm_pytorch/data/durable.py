@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 from pathlib import Path
@@ -43,3 +44,7 @@ def write_durably(path: Path, content: str | bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def write_json(path: Path, content: Any, indent: int = 1) -> None:
+    write_durably(path, json.dumps(content, indent=indent) + "\n")

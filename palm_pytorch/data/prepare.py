@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from palm_pytorch.data.blocks import SHARES, Block, character_start, document_blocks, few_splits, text_blocks
 from palm_pytorch.data.corpus import Corpus
-from palm_pytorch.data.durable import file_digest
+from palm_pytorch.data.durable import file_digest, write_json
 from palm_pytorch.data.encoding import encode_blocks
-from palm_pytorch.data.shards import HELD_OUT, Manifest, Part, PartWriter, write_json
+from palm_pytorch.data.shards import HELD_OUT, Manifest, Part, PartWriter
 from palm_pytorch.data.sources import Source
 from palm_pytorch.data.tokenizer import ByteTokenizer, InvalidBytes, Tokenizer
 

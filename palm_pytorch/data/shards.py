@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from palm_pytorch.data.durable import file_digest, write_durably
+from palm_pytorch.data.durable import file_digest, write_json
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -270,7 +270,3 @@ class TokenStream:
             last = min(first + length - done, len(self.tokens[number]))
             yield self.tokens[number], self.ends[number], first, last, done
             done += last - first
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_durably(path, json.dumps(content, indent=1) + "\n")

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from palm_pytorch.data.durable import file_digest, sync, write_durably
+from palm_pytorch.data.durable import file_digest, sync, write_json
 
 FILE = "manifest.json"
 
@@ -30,7 +30,7 @@ def write_manifest(folder: Path, about: dict[str, Any]) -> None:
         sync(path)
         files[path.name] = {"size": path.stat().st_size, "sha256": file_digest(path).hexdigest()}
     content = {**about, "files": files}
-    write_durably(folder / FILE, json.dumps({**content, "sha256": digest_json(content)}, indent=1) + "\n")
+    write_json(folder / FILE, {**content, "sha256": digest_json(content)})
 
 
 def check_manifest(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -16,7 +15,7 @@ from torch import nn
 
 from palm_pytorch.data.batch import Dataset
 from palm_pytorch.data.dialog_dataset import DialogDataset
-from palm_pytorch.data.durable import write_durably
+from palm_pytorch.data.durable import write_json
 from palm_pytorch.data.opening import open_dataset
 from palm_pytorch.data.tokenizer import Tokenizer, load_tokenizer
 from palm_pytorch.models.language_model import LanguageModel
@@ -206,7 +205,7 @@ def build_run(plan: Plan, parallel: Parallel) -> Run:
                 for damaged_folder in source.candidates[source.candidates.index(checkpoint) + 1 :]:
                     set_aside(damaged_folder)
             data.tokenizer.save(folder)
-            write_durably(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
+            write_json(folder / "config.json", asdict(config), indent=2)
     precision = select_precision(config.precision, parallel.device)
     return Run(config, data, precision, parallel, state, network, saver, history, events, sinks)
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from palm_pytorch.data.durable import sync, write_durably
+from palm_pytorch.data.durable import sync, write_json
 from palm_pytorch.training.checkpoint import (
     STATE_FILE,
     complete_checkpoints,
@@ -144,7 +144,7 @@ class Saver:
             raise failure[0]
 
     def _publish(self, partial: Path, final: Path, numbers: dict[str, Any]) -> None:
-        write_durably(partial / STATE_FILE, json.dumps({"state": numbers, **self.about}, indent=1) + "\n")
+        write_json(partial / STATE_FILE, {"state": numbers, **self.about})
         versions = {"palm_pytorch": __version__, "torch": torch.__version__}
         ranks = {"world_size": self.parallel.world_size, "kind": self.parallel.kind}
         write_manifest(partial, {"step": numbers["step"], "versions": versions, **ranks})

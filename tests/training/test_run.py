@@ -374,12 +374,12 @@ def test_all_processes_go_on_from_what_the_first_one_finds(ranks: Ranks, stopped
 def refusal(options: dict[str, Any]) -> str:
     with pytest.MonkeyPatch.context() as patch, pytest.raises((OSError, ValueError)) as refused:
         if options.pop("full"):
-            patch.setattr(run_module, "write_durably", full_disk)
+            patch.setattr(run_module, "write_json", full_disk)
         prepare(**options)
     return str(refused.value)
 
 
-def full_disk(path: Path, text: str) -> None:
+def full_disk(path: Path, content: Any, indent: int = 1) -> None:
     raise OSError(28, "No space left on device")
 
 
