@@ -12,12 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from palm_pytorch.checkpoints.native import CONFIG_FILE, INDEX_FILE, load_folder
+from palm_pytorch.checkpoints.native import CONFIG_FILE, INDEX_FILE, find_tokenizer, load_folder
 from palm_pytorch.checkpoints.reference import load_reference
 from palm_pytorch.data.durable import file_digest
 from palm_pytorch.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from palm_pytorch.models import preset
 from palm_pytorch.models.language_model import LanguageModel
+
+# What a repository's other files are there for, others know.
+FILES = [CONFIG_FILE, INDEX_FILE, "*.safetensors", *TOKENIZER_FILES.values()]
 
 
 class PublicCheckpoint(NamedTuple):
@@ -55,18 +58,26 @@ def load_from_hub(
         ConnectionError: the hub could not be reached, and the model is not in the cache.
         ValueError: what came is damaged or no model of `kind`.
     """
-    hub, load = huggingface(), {"kind": kind, "device": device, "dtype": dtype, **config}
+    hub, load = huggingface(repo_id), {"kind": kind, "device": device, "dtype": dtype, **config}
     with plain_errors(repo_id):
         if repo_id in PUBLIC:
             path = Path(hub.hf_hub_download(repo_id, PUBLIC[repo_id].file, revision=revision))
             return load_public(path, PUBLIC[repo_id], **load)
-        files = [CONFIG_FILE, INDEX_FILE, "*.safetensors", *TOKENIZER_FILES.values()]
-        return load_folder(hub.snapshot_download(repo_id, revision=revision, allow_patterns=files), **load)
+        return load_folder(hub.snapshot_download(repo_id, revision=revision, allow_patterns=FILES), **load)
+
+
+def model_tokenizer(repo_id: str) -> Tokenizer | None:
+    """The tokenizer of a model on the hub, None if it has none; raises as `load_from_hub`."""
+    if repo_id in PUBLIC:
+        return fetch_tokenizer(PUBLIC_TOKENIZER)
+    hub = huggingface(repo_id)
+    with plain_errors(repo_id):
+        return find_tokenizer(hub.snapshot_download(repo_id, allow_patterns=FILES))
 
 
 def fetch_tokenizer(repo_id: str) -> Tokenizer:
     """The tokenizer of a repository that has one of Hugging Face's; raises as `load_from_hub`."""
-    hub = huggingface()
+    hub = huggingface(repo_id)
     with plain_errors(repo_id):
         return load_tokenizer(hub.hf_hub_download(repo_id, TOKENIZER_FILES[".json"]))
 
@@ -96,8 +107,10 @@ def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-def push_to_hub(model: LanguageModel, repo_id: str, **options: Any) -> str:
-    """Save the model to a repository on the hub; gives the address of the commit.
+def push_to_hub(
+    model: LanguageModel, repo_id: str, *, tokenizer: Tokenizer | None = None, **options: Any
+) -> str:
+    """Save the model to a repository on the hub, its tokenizer too if given; gives the address of the commit.
 
     options: those of `huggingface_hub.ModelHubMixin.push_to_hub`, as private, token, branch.
     """
@@ -106,18 +119,19 @@ def push_to_hub(model: LanguageModel, repo_id: str, **options: Any) -> str:
 
     class HubModel(ModelHubMixin, library_name="palm_pytorch", tags=["text-generation"]):
         def _save_pretrained(self, save_directory: Path) -> None:
-            model.save_pretrained(save_directory)
+            model.save_pretrained(save_directory, tokenizer=tokenizer)
 
     return HubModel().push_to_hub(repo_id, **options)
 
 
-def huggingface() -> Any:
-    """The package of that name, or an error that says how to get it."""
+def huggingface(repo_id: str | None = None) -> Any:
+    """The package of that name, or an error that says how to get it; repo_id: what it is to fetch."""
     try:
         import huggingface_hub
     except ModuleNotFoundError as error:
+        here = "" if repo_id is None else f"{repo_id!r} is no file or folder here, and "
         raise ModuleNotFoundError(
-            "models on the hub need huggingface_hub: pip install huggingface_hub", name=error.name
+            f"{here}models on the hub need huggingface_hub: pip install huggingface_hub", name=error.name
         ) from error
     return huggingface_hub
 

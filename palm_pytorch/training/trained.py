@@ -1,4 +1,4 @@
-"""A trained model and its tokenizer, from a run or from a folder of `save_pretrained`."""
+"""A trained model and its tokenizer, from a run or wherever else weights come from."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any, Literal
 
 import torch
 
-from palm_pytorch import from_pretrained
-from palm_pytorch.checkpoints import find_tokenizer
 from palm_pytorch.checkpoints.convert import read_model
 from palm_pytorch.data.tokenizer import ByteTokenizer, Tokenizer, expect_tokenizer, stored_tokenizer
 from palm_pytorch.models.language_model import LanguageModel
@@ -35,8 +33,8 @@ class ModelOptions(Options):
 
     checkpoint: str = option(
         "model",
-        "a run's folder, one of its checkpoints, or a folder of `save_pretrained`; 'auto' is the newest run "
-        "under runs/",
+        "a run's folder, one of its checkpoints, a folder of `save_pretrained`, a model on the hub, or an "
+        "older project's file; 'auto' is the newest run under runs/",
         default="auto",
     )
     device: str = option("model", "'auto' (a GPU if there is one), or PyTorch's name for it", default="auto")
@@ -95,22 +93,10 @@ class Trained:
 
 
 def load_trained(options: ModelOptions) -> Trained:
-    """The model that the options name, on their device.
-
-    Raises:
-        FileNotFoundError: there is no such checkpoint or model.
-        ValueError: its tokenizer is not the one that it was trained with, or is missing.
-    """
+    """The model that the options name, on their device; raises as `load_any`."""
     device = select_device(options.device)
     dtype = select_precision(options.precision, device, reading=True)
-    folder = Path(options.checkpoint)
-    if options.checkpoint == "auto" or not any(folder.glob("*.safetensors")):
-        trained = load_run(options.checkpoint)
-        trained.model.to(device, dtype).eval()
-        return trained
-    model: LanguageModel = from_pretrained(folder, device=device, dtype=dtype)
-    tokenizer = known_tokenizer(model, find_tokenizer(folder), f"checkpoint {folder}")
-    return Trained(model, tokenizer, model.config.get("max_seq_len"))
+    return load_any(options.checkpoint, device=device, dtype=dtype)
 
 
 def load_run(checkpoint: str) -> Trained:
@@ -179,10 +165,16 @@ def is_run(source: str) -> bool:
     return begun or step_of(path) >= 0
 
 
-def load_any(source: str, *, dtype: torch.dtype | None = None, **config: Any) -> Trained:
-    """The model of anything that has weights, on the CPU: what `load_run` or `read_model` takes.
+def load_any(
+    source: str,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **config: Any,
+) -> Trained:
+    """The model of anything that has weights: what `load_run` or `read_model` takes.
 
-    dtype, config: as for `read_model`; a run tells them all.
+    device, dtype, config: as for `read_model`; a run tells its config.
 
     Raises:
         FileNotFoundError, ValueError: as those two; or the model has a tokenizer that did not come with it.
@@ -191,9 +183,9 @@ def load_any(source: str, *, dtype: torch.dtype | None = None, **config: Any) ->
         if config:
             raise ValueError(f"{', '.join(config)} cannot be given for {source}, a run, which tells them")
         trained = load_run(source)
-        trained.model.to(dtype or torch.float32)
+        trained.model.to(device, dtype or torch.float32)
         return trained
-    model, tokenizer = read_model(source, dtype=dtype, **config)
+    model, tokenizer = read_model(source, device=device, dtype=dtype, **config)
     return Trained(model, known_tokenizer(model, tokenizer, source), model.config.get("max_seq_len"))
 
 

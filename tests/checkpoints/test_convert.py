@@ -13,8 +13,7 @@ from goldens import FOLDER, golden
 from tokenizers import models
 
 from palm_pytorch import PerceiverAR, from_pretrained
-from palm_pytorch.checkpoints import convert as module
-from palm_pytorch.checkpoints import find_tokenizer
+from palm_pytorch.checkpoints import find_tokenizer, hub
 from palm_pytorch.checkpoints.convert import convert
 from palm_pytorch.cli import main
 from palm_pytorch.data.tokenizer import Tokenizer, load_tokenizer
@@ -132,7 +131,7 @@ def test_a_public_checkpoint_gets_its_tokenizer(tmp_path: Path, monkeypatch: pyt
         asked.append(repo_id)
         return PaLM(num_tokens=37, dim=8, depth=1, heads=1, dim_head=8)
 
-    monkeypatch.setattr(module, "fetch_tokenizer", fetch)
+    monkeypatch.setattr(hub, "fetch_tokenizer", fetch)
     monkeypatch.setattr("palm_pytorch.checkpoints.pretrained.load_from_hub", load)
     convert("conceptofmind/palm-1b", tmp_path / "model")
     assert asked == ["conceptofmind/palm-1b", "EleutherAI/gpt-neox-20b"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -14,14 +15,19 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import tokenizers
 import torch
 from definitions import error
 from goldens import golden
 from huggingface_hub.errors import EntryNotFoundError
+from tokenizers import models
 
 from palm_pytorch import LaMDA, PaLM, from_pretrained
 from palm_pytorch.checkpoints import hub
+from palm_pytorch.checkpoints.convert import read_model
 from palm_pytorch.checkpoints.hub import PUBLIC, PublicCheckpoint
+from palm_pytorch.cli import main
+from palm_pytorch.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SHAPE: dict[str, Any] = {"num_tokens": 37, "dim": 24, "depth": 2, "heads": 3, "dim_head": 16, "ff_mult": 2}
@@ -83,6 +89,21 @@ def test_push_and_pull(local: Hub) -> None:
     assert "attention_backend" in loaded.config and loaded.config["attention_backend"] == "reference"
     with pytest.raises(ValueError, match="expected a LaMDA, got a PaLM"):
         LaMDA.from_pretrained("someone/small")
+
+
+def test_the_tokenizer_goes_along(local: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """There, back, and into the commands: a model on the hub lost it, but for the public ones."""
+    words = tokenizers.Tokenizer(models.WordLevel({str(n): n for n in range(37)}, unk_token="0"))
+    words.save(str(tmp_path / "words.json"))
+    expected = load_tokenizer(str(tmp_path / "words.json"))
+    PaLM(**SHAPE).push_to_hub("someone/small", tokenizer=expected)
+    model, found = read_model("someone/small", dtype=torch.bfloat16)
+    assert found is not None and found.fingerprint == expected.fingerprint
+    assert model.token_emb.weight.dtype == torch.bfloat16
+    flags = ["--prompt", "7", "--max-new-tokens", "3", "--device", "cpu"]
+    assert main(["generate", "--checkpoint", "someone/small", *flags]) == 0
+    first, *others = capsys.readouterr().out.split()
+    assert first.startswith("7") and others and all(0 <= int(word) < 37 for word in others)
 
 
 def test_a_flipped_bit_on_the_way(local: Hub) -> None:
@@ -184,10 +205,15 @@ def test_a_public_checkpoint_in_the_cache_needs_no_network(
         from_pretrained("conceptofmind/palm-150m")
 
 
-def test_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install huggingface_hub"):
-        from_pretrained("someone/small")
+    says = "'runs/smal' is no file or folder here, and models on the hub need huggingface_hub: pip install"
+    with pytest.raises(ModuleNotFoundError, match=re.escape(says)):
+        from_pretrained("runs/smal")
+    assert main(["generate", "--checkpoint", "runs/smal", "--prompt", "a"]) == 2
+    assert capsys.readouterr().err.startswith(f"palm: error: {says}")
+    with pytest.raises(ModuleNotFoundError, match=r"^models on the hub need huggingface_hub"):
+        PaLM(**SHAPE).push_to_hub("someone/small")
 
 
 @pytest.fixture
