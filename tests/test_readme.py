@@ -52,7 +52,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words.save("words.json")
     monkeypatch.setattr("palm_pytorch.checkpoints.pretrained.load_from_hub", lambda *_, **__: palm)
     monkeypatch.setattr(
-        "palm_pytorch.checkpoints.convert.fetch_tokenizer", lambda _: load_tokenizer("words.json")
+        "palm_pytorch.checkpoints.hub.fetch_tokenizer", lambda _: load_tokenizer("words.json")
     )
 
 
