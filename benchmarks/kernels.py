@@ -138,10 +138,10 @@ def compiled(
     slopes = torch.empty(heads, device="meta") if bias == "alibi" else None
     offsets = torch.empty(heads, 113, device="meta") if bias == "t5" else None
     key_mask = torch.empty(b, n, dtype=torch.bool, device="meta") if "keys" in also else None
-    ids = torch.empty(b, n, dtype=torch.int64, device="meta") if "documents" in also else None
+    documents = torch.empty(3, b, n, dtype=torch.int32, device="meta") if "documents" in also else None
     seed = torch.empty(1, dtype=torch.int64, device="meta") if "dropout" in also else None
     dropout_p = 0.0 if seed is None else 0.1
-    options = (slopes, offsets, key_mask, ids, seed, None, True, dim_head**-0.5, dropout_p)
+    options = (slopes, offsets, key_mask, documents, seed, None, True, dim_head**-0.5, dropout_p)
     with compiling(capability) as found:
         results = launch.run_forward(q, k, v, *options)
         if queries == "all":

@@ -248,8 +248,9 @@ def test_opcheck(options: str) -> None:
     q, k, v = (torch.randn(2, h, 9, 16, requires_grad=True) for h in (4, 2, 2))
     everything: tuple[Any, ...] = (None,) * 6
     if options == "everything":
-        key_mask, ids = torch.rand(2, 9) > 0.3, torch.randint(3, (2, 9))
-        everything = (None, torch.randn(4, 5, requires_grad=True), key_mask, ids, torch.tensor([7]), None)
+        documents = module("triton_kernels.launch").document_spans(torch.randint(3, (2, 9)))
+        offsets, key_mask = torch.randn(4, 5, requires_grad=True), torch.rand(2, 9) > 0.3
+        everything = (None, offsets, key_mask, documents, torch.tensor([7]), None)
     dropout_p = 0.0 if options == "plain" else 0.2
     torch.library.opcheck(module("triton_op")._attention, (q, k, v, *everything, True, 0.25, dropout_p))
 

@@ -18,7 +18,12 @@ if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
     raise ImportError(f"expected triton 3.6 or newer, got {triton.__version__}")
 
 from palm_pytorch.ops.attention.bias import AlibiBias, Bias, RelativeBias
-from palm_pytorch.ops.attention.triton_kernels.launch import empty_like, run_backward, run_forward
+from palm_pytorch.ops.attention.triton_kernels.launch import (
+    document_spans,
+    empty_like,
+    run_backward,
+    run_forward,
+)
 from palm_pytorch.ops.attention.triton_kernels.tiles import INTERPRETED
 
 # The kernels take any strides, and what they give has its own. By default a compiler would copy the part of a
@@ -82,10 +87,12 @@ def triton_attention(
         raise ValueError("backend 'triton': bias: expected `at` to be None with gradients; 'sdpa' can")
     slopes = bias.slopes.float() if isinstance(bias, AlibiBias) else None
     offsets = bias.offsets(k.shape[2]).float() if isinstance(bias, RelativeBias) else None
+    # Here and not in the op: backward has them from forward, and compiled code the layers from the first.
+    documents = None if document_ids is None else document_spans(document_ids)
     # Drawn on the device, where the kernels read it: no wait, and checkpointing draws the same again.
     seed = torch.randint(1 << 62, (1,), device=q.device) if dropout_p > 0 else None
     out, _ = _attention(
-        q, k, v, slopes, offsets, key_mask, document_ids, seed, at, causal, float(scale), float(dropout_p)
+        q, k, v, slopes, offsets, key_mask, documents, seed, at, causal, float(scale), float(dropout_p)
     )
     return out
 
@@ -98,14 +105,14 @@ def _attention(
     slopes: Tensor | None,
     offsets: Tensor | None,
     key_mask: Tensor | None,
-    document_ids: Tensor | None,
+    documents: Tensor | None,
     seed: Tensor | None,
     at: Tensor | None,
     causal: bool,
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    return run_forward(q, k, v, slopes, offsets, key_mask, document_ids, seed, at, causal, scale, dropout_p)
+    return run_forward(q, k, v, slopes, offsets, key_mask, documents, seed, at, causal, scale, dropout_p)
 
 
 @_attention.register_fake
@@ -126,14 +133,14 @@ def _attention_backward(
     slopes: Tensor | None,
     offsets: Tensor | None,
     key_mask: Tensor | None,
-    document_ids: Tensor | None,
+    documents: Tensor | None,
     seed: Tensor | None,
     at: Tensor | None,
     causal: bool,
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = (slopes, offsets, key_mask, document_ids, seed, at, causal, scale, dropout_p)
+    options = (slopes, offsets, key_mask, documents, seed, at, causal, scale, dropout_p)
     return run_backward(grad, q, k, v, out, lse, offsets_grad, *options)
 
 

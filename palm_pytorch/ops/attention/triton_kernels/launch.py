@@ -46,7 +46,7 @@ class _Problem(NamedTuple):
         slopes: Tensor | None,
         offsets: Tensor | None,
         key_mask: Tensor | None,
-        document_ids: Tensor | None,
+        documents: Tensor | None,
         seed: Tensor | None,
         at: Tensor | None,
         causal: bool,
@@ -58,25 +58,23 @@ class _Problem(NamedTuple):
         reach = 0 if offsets is None else offsets.shape[1]
         offsets = None if offsets is None else F.pad(offsets / scale, (0, 1)).T.contiguous()
         mask_keys = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
-        documents = (None, None, None) if document_ids is None else _document_spans(document_ids)
+        mask = Mask(mask_keys, *((None, None, None) if documents is None else documents))
         bias = Bias(slopes, offsets, reach)
-        mask = Mask(mask_keys, *documents)
         call = Call(bias, mask, seed, at, dropout_p, scale, i_len, j_len, b * g)
         constants = {"G": g, "R": h // g, "D": d, "CAUSAL": causal}
         blocks = blocks_for(
             *(d, q.element_size(), capability_of(q.device)),
             alibi=slopes is not None,
             keys=key_mask is not None,
-            documents=document_ids is not None,
+            documents=documents is not None,
             dropout=seed is not None,
         )
         return _Problem(call, blocks, constants, groups=b * g, rows=i_len * (h // g))
 
 
-def _document_spans(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, and the first and the last position that has the same id as each, (b, j), int32: where documents
-    lie one after the other, just the keys that a query may see."""
-    ids = ids.contiguous()
+def document_spans(ids: Tensor) -> Tensor:
+    """ids (b, j), and the first and the last position that has the same id as each, (3, b, j) int32: where
+    documents lie one after the other, just the keys that a query may see."""
     ordered, position = ids.sort(dim=-1, stable=True)
     place = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
     changes = ordered[:, 1:] != ordered[:, :-1]
@@ -84,11 +82,8 @@ def _document_spans(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     first = torch.where(begins, place, 0).cummax(dim=-1).values
     last = torch.where(ends, place, ids.shape[-1]).flip(-1).cummin(dim=-1).values.flip(-1)
     # Each document goes by the place where it begins in that order, since ids may not fit into 32 bits.
-    numbers, firsts, lasts = (
-        torch.empty_like(position).scatter_(1, position, t).int()
-        for t in (first, position.gather(1, first), position.gather(1, last))
-    )
-    return numbers, firsts, lasts
+    spans = (first, position.gather(1, first), position.gather(1, last))
+    return torch.stack([torch.empty_like(t).scatter_(1, position, t) for t in spans]).int()
 
 
 def view_of(x: Tensor) -> View:
