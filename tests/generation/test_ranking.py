@@ -15,8 +15,8 @@ from palm_pytorch.generation.ranking import lengths
 V, EOS = 23, 4
 
 
-def build() -> LaMDA:
-    net = LaMDA(num_tokens=V, dim=24, depth=2, heads=3, dim_head=16, ff_mult=2)
+def build(num_tokens: int = V) -> LaMDA:
+    net = LaMDA(num_tokens=num_tokens, dim=24, depth=2, heads=3, dim_head=16, ff_mult=2)
     for weight in net.parameters():
         nn.init.normal_(weight, mean=float(weight.dim() == 1), std=0.2)
     return net.eval()
@@ -48,14 +48,18 @@ def test_candidates_come_best_first_with_their_likelihood_per_token() -> None:
     assert ended > 0
 
 
-def test_the_defaults_are_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
-    net, start = build(), prompts()
-    found = net.sample_and_rank(start, 3, generator=torch.Generator().manual_seed(0))
-    same = net.generate(
-        start, 3, num_samples=16, top_k=40, temperature=1.0, generator=torch.Generator().manual_seed(0)
-    )
-    assert found.tokens.shape == (2, 16, 3)
-    assert sorted(found.tokens.flatten(0, 1).tolist()) == sorted(same.tolist())
+def test_the_defaults_are_the_papers() -> None:
+    net, start = build(num_tokens=50), prompts()
+    found = net.sample_and_rank(start, 30, generator=torch.Generator().manual_seed(0)).tokens
+    assert found.shape == (2, 16, 30)
+
+    def drawn(top_k: int) -> list[list[int]]:
+        seeded = torch.Generator().manual_seed(0)
+        tokens: Tensor = net.generate(start, 30, num_samples=16, top_k=top_k, generator=seeded)
+        return sorted(tokens.tolist())
+
+    assert sorted(found.flatten(0, 1).tolist()) == drawn(40)
+    assert drawn(39) != drawn(40) != drawn(41)
 
 
 def test_greedy_candidates_are_alike() -> None:
