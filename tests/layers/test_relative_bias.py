@@ -59,6 +59,8 @@ def test_module_gives_its_table_settings_and_gradient() -> None:
     bias = module()
     assert bias.table is module.table and (bias.max_distance, bias.scale) == (20, 4.0)
     assert {name: tuple(t.shape) for name, t in module.state_dict().items()} == {"table": (8, 3)}
+    default = T5RelativeBias(3)()
+    assert (default.table.shape, default.max_distance, default.scale) == ((32, 3), 128, 1.0)
     bias.values(5, 9).sum().backward()
     assert module.table.grad is not None and (module.table.grad != 0).any()
 

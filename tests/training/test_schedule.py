@@ -65,6 +65,8 @@ def test_palm_s_ramp() -> None:
     sizes = [batch_size_at(step, made) for first in begins for step in (first - 1, first)]
     assert sizes == [512, 1024, 1024, 2048]
     assert [batches_at(step, config(batch_ramp="50%:3", steps=5)) for step in range(5)] == [1, 1, 1, 3, 3]
+    back = config(batch_ramp="1:3,3:1", steps=5)
+    assert [batches_at(step, back) for step in range(5)] == [1, 3, 3, 1, 1]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
