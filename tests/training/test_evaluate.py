@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from palm_pytorch import PerceiverAR
+from palm_pytorch import PaLM, PerceiverAR
 from palm_pytorch.data.batch import Batch
 from palm_pytorch.training.evaluate import batch_loss, bits_per_byte, evaluate
 
@@ -64,6 +64,17 @@ def test_the_mode_is_restored_after_an_error(windows: Tensor) -> None:
     with pytest.raises(IndexError):
         evaluate(model, [Batch.of_windows(windows + 300)])
     assert model.training
+
+
+def test_no_document_sees_another(windows: Tensor) -> None:
+    """The loss of two documents in a row is that of both by themselves, their rotations with them."""
+    model = PaLM(num_tokens=256, dim=16, depth=2, heads=2, dim_head=16).eval()
+    batch = Batch.of_windows(windows)
+    ids = (torch.arange(11) >= 4).long().expand(7, -1)
+    apart = [Batch(batch.tokens[:, part], batch.labels[:, part]) for part in (slice(0, 4), slice(4, 11))]
+    together = batch_loss(model, batch._replace(document_ids=ids), torch.float32).item()
+    assert together == pytest.approx(evaluate(model, apart), rel=1e-5)
+    assert together != pytest.approx(batch_loss(model, batch, torch.float32).item(), rel=1e-5)
 
 
 def test_labels_that_do_not_count_weigh_nothing(windows: Tensor) -> None:
