@@ -27,9 +27,10 @@ def from_pretrained(
 ) -> M:
     """The model in a folder that `save_pretrained` wrote, or on the Hugging Face hub, in eval mode.
 
-    A folder that is there comes before a model of the same name on the hub, which needs huggingface_hub;
-    the settings of that hold (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and the like). "conceptofmind/palm-150m",
-    "-410m", "-1b" and "-2b" on the hub are files of PaLM-rlhf-pytorch, and are converted.
+    A folder that is there comes before a model of the same name on the hub, and what is missing from a folder
+    that is there ("runs/one" where there is "runs") is not looked for on the hub. That needs huggingface_hub,
+    whose settings hold (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and the like). "conceptofmind/palm-150m", "-410m",
+    "-1b" and "-2b" on the hub are files of PaLM-rlhf-pytorch, and are converted.
 
     device, dtype: of the model, which is loaded straight there; by default the CPU and the dtype saved.
     revision: branch, tag or commit on the hub.
@@ -48,7 +49,9 @@ def from_pretrained(
     options: dict[str, Any] = {"kind": cls, "device": device, "dtype": dtype, **config}
     if path.is_dir():
         return cast(M, load_folder(path, **options))
-    if isinstance(folder_or_hub_id, Path) or path.exists() or not HUB_ID.fullmatch(name):
+    # Without a network the hub's library tries for half a minute, which a slip of the pen should not take.
+    local = path.exists() or (len(path.parts) > 1 and path.parent.is_dir())
+    if isinstance(folder_or_hub_id, Path) or local or not HUB_ID.fullmatch(name):
         hint = " (`load_reference` reads files)" if path.is_file() else ""
         expected = f"expected a folder, or the id of a model on the hub{hint}"
         raise FileNotFoundError(f"folder_or_hub_id: {expected}, got {name!r}")

@@ -120,6 +120,8 @@ def test_a_folder_comes_first(local: Hub, tmp_path: Path, monkeypatch: pytest.Mo
     PaLM(**SHAPE).save_pretrained(tmp_path / "someone" / "small")
     monkeypatch.chdir(tmp_path)
     from_pretrained("someone/small")
+    with pytest.raises(FileNotFoundError, match=r"expected a folder, or the id .*, got 'someone/smal'"):
+        from_pretrained("someone/smal")
     assert local.asked == []
 
 
@@ -207,10 +209,12 @@ def test_a_public_checkpoint_in_the_cache_needs_no_network(
 
 def test_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    says = "'runs/smal' is no file or folder here, and models on the hub need huggingface_hub: pip install"
+    says = (
+        "'someone/small' is no file or folder here, and models on the hub need huggingface_hub: pip install"
+    )
     with pytest.raises(ModuleNotFoundError, match=re.escape(says)):
-        from_pretrained("runs/smal")
-    assert main(["generate", "--checkpoint", "runs/smal", "--prompt", "a"]) == 2
+        from_pretrained("someone/small")
+    assert main(["generate", "--checkpoint", "someone/small", "--prompt", "a"]) == 2
     assert capsys.readouterr().err.startswith(f"palm: error: {says}")
     with pytest.raises(ModuleNotFoundError, match=r"^models on the hub need huggingface_hub"):
         PaLM(**SHAPE).push_to_hub("someone/small")
