@@ -33,8 +33,8 @@ from palm_pytorch.training.run import prepare
 from palm_pytorch.training.tokenizing import TokenizerOptions, decode, encode, train_on
 from palm_pytorch.training.trained import read_any
 
-# Of options, files and what is not installed.
-REFUSALS = (ValueError, TypeError, OSError, ModuleNotFoundError)
+# Of options, files, what is not installed, and memory, see `fail`.
+REFUSALS = (ValueError, TypeError, OSError, ModuleNotFoundError, RuntimeError)
 
 SUBCOMMANDS: dict[str, Any] = {"title": "commands", "required": True, "metavar": "COMMAND"}
 
@@ -47,17 +47,12 @@ def train_command(**given: Any) -> int:
         run = prepare(**given)
     except REFUSALS as error:
         return fail(error)
-    except RuntimeError as error:
-        return fail(memory_error(error))
     try:
         outcome = train(run)
-    except (FloatingPointError, OSError) as error:
-        return fail(error, TRAINING_FAILED)
-    except RuntimeError as error:
-        clear_frames(error.__traceback__)
-        return fail(memory_error(error), TRAINING_FAILED)
     except BaseException as error:
         clear_frames(error.__traceback__)  # which hold the model, see Run.close
+        if isinstance(error, FloatingPointError | OSError | RuntimeError):
+            return fail(error, TRAINING_FAILED)
         raise
     finally:
         run.close()
@@ -72,8 +67,6 @@ def refusing(command: Callable[P, None]) -> Callable[P, int]:
             command(*args, **given)
         except REFUSALS as error:
             return fail(error)
-        except RuntimeError as error:
-            return fail(memory_error(error))
         return 0
 
     return run
@@ -160,11 +153,14 @@ def plot_command(runs: list[str], **given: Any) -> None:
 
 
 def fail(error: Exception, status: int = 2) -> int:
-    """Say what is wrong, without a traceback unless Python runs in development mode (-X dev).
+    """Say what is wrong, without a traceback unless Python runs in development mode (-X dev); raises what
+    torch does for another reason than memory.
 
     Of several processes each says it, although most often it is common to all: torchrun ends the others when
     the first one fails, and that one may be any.
     """
+    if isinstance(error, RuntimeError):
+        error = memory_error(error)
     if sys.flags.dev_mode:
         raise error
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
