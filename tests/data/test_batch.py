@@ -84,6 +84,8 @@ def test_responses_alone_count() -> None:
     held_out = HeldOut(np.arange(6), 2, counts=np.array([1, 0, 0, 1, 1, 0], dtype=bool))
     assert held_out.num_labels == 2
     assert held_out.batch([0], 5).labels.tolist() == [[IGNORED, IGNORED, 3, 4, IGNORED]]
+    single = [batch.labels.tolist() for batch in held_out.batches(2, 1)]
+    assert single == [[[IGNORED, IGNORED]], [[3, 4]]]
 
 
 def test_a_batch_moves_whole() -> None:

@@ -179,6 +179,14 @@ def test_what_does_not_fit_is_named(call: Callable[[Path], object], complaint: s
         call(folder)
 
 
+def test_a_split_has_a_window_at_least(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    shortest = min(manifest.totals(split)["tokens"] for split in ("train", "valid", "test"))
+    assert len(open_packed(folder, shortest - 1).held_out("test").positions(shortest - 1)) >= 1
+    with pytest.raises(ValueError, match=f"expected at least {shortest + 1:,} for seq_len"):
+        open_packed(folder, shortest)
+
+
 def test_a_damaged_shard_is_refused(jsonl: Path, tmp_path: Path) -> None:
     prepare(open_source(jsonl), tmp_path / "out")
     path = tmp_path / "out" / "train-00000.bin"
