@@ -66,6 +66,14 @@ def test_block_runs(block: str) -> None:
     exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
 
 
+def test_generation_from_an_older_file(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(older(PaLM(num_tokens=256, dim=8, depth=2, heads=2, norm="layernorm"), PALM), "palm.pt")
+    (command,) = re.findall(r"^palm generate --checkpoint palm\.pt .*$", README, flags=re.MULTILINE)
+    _, *arguments = shlex.split(command, comments=True)
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith(arguments[-1])
+
+
 @pytest.mark.parametrize("command", CONVERSIONS)
 def test_conversion_runs(command: str) -> None:
     _, *arguments = shlex.split(command, comments=True)
