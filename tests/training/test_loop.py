@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import multiprocessing
+import os
 import re
 import shlex
 import signal
@@ -400,7 +401,8 @@ def test_a_last_checkpoint_that_fails_is_an_error(
 def test_ctrl_c_and_the_command_that_it_prints(tiny: dict[str, Any]) -> None:
     options = {**tiny, "steps": 1_000_000, "save_every": 0, "eval_every": 0, "generate_every": 0}
     flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, str(TRAIN), *flags]
+    python = os.path.abspath(sys.executable)  # as a process of its own names it
+    command = [python, str(TRAIN), *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, **pipes) as process:
         metrics = Path(tiny["out"]) / "metrics.jsonl"
@@ -415,7 +417,7 @@ def test_ctrl_c_and_the_command_that_it_prints(tiny: dict[str, Any]) -> None:
     (checkpoint,) = complete_checkpoints(Path(tiny["out"]))
     assert checkpoint.name == f"step-{done:08d}"
     (command_line,) = re.findall(r"^resume  (.*)$", output, flags=re.MULTILINE)
-    assert command_line == shlex.join([sys.executable, str(TRAIN), "--resume", tiny["out"]])
+    assert command_line == shlex.join([python, str(TRAIN), "--resume", tiny["out"]])
 
     resumed = subprocess.run([*shlex.split(command_line), "--steps", str(done + 2)], **pipes)
     assert resumed.returncode == 0, resumed.stdout
