@@ -28,9 +28,9 @@ def from_pretrained(
     """The model in a folder that `save_pretrained` wrote, or on the Hugging Face hub, in eval mode.
 
     A folder that is there comes before a model of the same name on the hub, and what is missing from a folder
-    that is there ("runs/one" where there is "runs") is not looked for on the hub. That needs huggingface_hub,
+    that is there ("runs/one" where there is "runs") is not looked for there. The hub needs huggingface_hub,
     whose settings hold (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and the like). "conceptofmind/palm-150m", "-410m",
-    "-1b" and "-2b" on the hub are files of PaLM-rlhf-pytorch, and are converted.
+    "-1b" and "-2b" on it are files of PaLM-rlhf-pytorch, and are converted.
 
     device, dtype: of the model, which is loaded straight there; by default the CPU and the dtype saved.
     revision: branch, tag or commit on the hub.

@@ -151,6 +151,29 @@ def test_documents_elsewhere_are_not_even_read(i: int, causal: bool, small_block
         assert all(torch.equal(a, b) for a, b in zip(solve(own), wanted, strict=True))
 
 
+@pytest.mark.parametrize("bias", [None, "alibi", "t5"])
+@pytest.mark.parametrize("i", [1, 40])
+def test_what_lies_beside_a_head_is_not_read(i: int, bias: str | None, small_blocks: None) -> None:
+    """Heads of 24 dims in blocks of 32, and positions behind the last: all NaN, which a product with zero
+    lets through. On a GPU it may be nobody's memory."""
+    case = Case((1, 4, 2, i, 100, 24), bias=bias)
+    problem = Problem.of(case, torch.float32)
+
+    def beside(x: Tensor) -> Tensor:
+        _, heads, n, d = x.shape
+        inside = torch.full((1, heads, n + 16, 32), torch.nan)[:, :, :n, :d]
+        return inside.copy_(x.detach())
+
+    def solve(*inputs: Tensor) -> list[Tensor]:
+        *leaves, grad = (t.requires_grad_() for t in inputs)
+        out = attention(*leaves, bias=problem.bias(case), backend="triton")
+        return [out, *torch.autograd.grad(out, leaves, grad.detach())]
+
+    inputs = [t.detach() for t in (problem.q, problem.k, problem.v, problem.grad)]
+    results = zip(solve(*map(beside, inputs)), solve(*inputs), strict=True)
+    assert all(torch.equal(a, b) for a, b in results)
+
+
 def test_document_ids_however_they_lie_in_memory() -> None:
     q, kv = torch.randn(2, 2, 19, 16), torch.randn(2, 1, 19, 16)
     ids = torch.randint(3, (19, 2)).T
