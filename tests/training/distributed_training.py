@@ -183,6 +183,7 @@ def train(name: str, config: TrainConfig, parallel: Parallel) -> Trained:
     losses, norms, gradients = [], [], {}
     for slices in tokens():
         losses.append(training.accumulate(slices))
+        clip_gradients(training.model, 1000.0, parallel)  # leaves one alone that is smaller
         gradients = gradients or training.gradients()
         norms.append(training.update())
     size = sum(map(whole_numel, training.model.parameters()))
