@@ -16,6 +16,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from palm_pytorch.data.arrays import is_array, map_array
 from palm_pytorch.data.batch import Dataset
 from palm_pytorch.data.dialog_dataset import is_dialog
@@ -79,12 +81,12 @@ def evaluate_model(source: str, options: EvaluateOptions) -> dict[str, Any]:
     """
     device = select_device(options.device)
     precision = select_precision(options.precision, device)
-    trained = load_any(source)
+    trained = load_any(source, device=device, dtype=torch.float32)
+    model = trained.model
     folder = trained.run or (Path(source) if Path(source).is_dir() else None)
     if folder is not None and not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder / RESULTS_FILE}: the result could not be written there")
     data, seq_len = open_for_scoring(trained, options)
-    model = trained.model.float().to(device)
     prefix_len, longest = getattr(model, "prefix_len", 0), model.config.get("max_seq_len", seq_len)
     if not prefix_len < seq_len <= longest:
         raise ValueError(
