@@ -67,12 +67,12 @@ def load_from_hub(
 
 
 def model_tokenizer(repo_id: str) -> Tokenizer | None:
-    """The tokenizer of a model on the hub, None if it has none; raises as `load_from_hub`."""
+    """The tokenizer of a model that `load_from_hub` has loaded, None if it has none; raises as that does."""
     if repo_id in PUBLIC:
         return fetch_tokenizer(PUBLIC_TOKENIZER)
     hub = huggingface(repo_id)
-    with plain_errors(repo_id):
-        return find_tokenizer(hub.snapshot_download(repo_id, allow_patterns=FILES))
+    with plain_errors(repo_id):  # it came with the weights, and the hub is not asked again
+        return find_tokenizer(hub.snapshot_download(repo_id, allow_patterns=FILES, local_files_only=True))
 
 
 def fetch_tokenizer(repo_id: str) -> Tokenizer:

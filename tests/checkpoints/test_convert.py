@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 from definitions import error
 from goldens import FOLDER, golden
-from tokenizers import models
+from small_tokenizers import tokenizer_of
 
 from palm_pytorch import PerceiverAR, from_pretrained
 from palm_pytorch.checkpoints import find_tokenizer, hub
@@ -23,12 +22,6 @@ from palm_pytorch.data.tokenizer import Tokenizer, load_tokenizer
 def file(tmp_path: Path) -> Path:
     torch.save(golden("perceiver_ar").state, tmp_path / "older.pt")
     return tmp_path / "older.pt"
-
-
-def tokenizer_of(size: int, path: Path) -> Path:
-    made = tokenizers.Tokenizer(models.WordLevel({str(n): n for n in range(size)}, unk_token="0"))
-    made.save(str(path))
-    return path
 
 
 def test_convert(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
